@@ -1,0 +1,1 @@
+"""Keeps pgvector embedding columns complete, current and comparable."""

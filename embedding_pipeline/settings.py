@@ -1,0 +1,137 @@
+"""Environment variables, typed; impossible combinations are refused at start.
+
+The names are those that existing deployments of embedding platforms already set. Those that
+name a model or a width (`EMBEDDING_MODEL`, `EMBEDDING_OPENAI_MODEL`,
+`EMBEDDING_OPENAI_DIMENSIONS`) reach a column only where its YAML says so.
+"""
+
+import os
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from typing import Self
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from embedding_pipeline.errors import SettingsError
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+class EmbeddingMode(StrEnum):
+    """Which provider embeds queries; rows always wait for their own column's model."""
+
+    SERVER = "server"
+    OPENAI = "openai"
+    FALLBACK = "fallback"
+
+
+class Settings(BaseSettings):
+    """Every setting with its default; `load_settings` is the way to get one."""
+
+    model_config = SettingsConfigDict(extra="ignore", hide_input_in_errors=True, env_ignore_empty=True)
+
+    database_url: SecretStr | None = Field(
+        None, validation_alias=AliasChoices("DATABASE_URL", "POSTGRES_URL")
+    )
+    dagster_database_url: SecretStr | None = None
+    openai_api_key: SecretStr | None = None
+    openai_base_url: str | None = None
+    embedding_mode: EmbeddingMode = EmbeddingMode.SERVER
+    embedding_service_url: str | None = None
+    embedding_model: str | None = None
+    embedding_openai_api_key: SecretStr | None = None
+    embedding_openai_model: str | None = None
+    embedding_openai_base_url: str | None = None
+    embedding_openai_dimensions: int | None = Field(None, ge=1, le=16000)
+    use_embedding_api: bool = False
+    use_vector_1536: bool = False
+    similarity_threshold: float = Field(0.0, ge=-1.0, le=1.0)
+    alert_urls: SecretStr | None = None
+
+    embedding_pipeline_home: Path = PROJECT_ROOT / ".local"
+    embedding_pipeline_environment: str = Field("default", pattern=r"^[A-Za-z0-9_.-]{1,63}$")
+
+    @field_validator("database_url", "dagster_database_url")
+    @classmethod
+    def _is_postgres(cls, value: SecretStr | None) -> SecretStr | None:
+        if value and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+            raise ValueError("must start with postgresql:// (its value is a secret and not shown)")
+        return value
+
+    @field_validator("openai_base_url", "embedding_service_url", "embedding_openai_base_url")
+    @classmethod
+    def _is_http(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not value.startswith(("http://", "https://")):
+            raise ValueError(f"must start with http:// or https://, not {value!r}")
+        return value.rstrip("/")
+
+    @field_validator("embedding_pipeline_home")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().resolve()
+
+    @property
+    def openai_key(self) -> SecretStr | None:
+        """The key for OpenAI; the embedding-only name wins over the general one."""
+        return self.embedding_openai_api_key or self.openai_api_key
+
+    @property
+    def openai_url(self) -> str | None:
+        """OpenAI's address when it is not the public one."""
+        return self.embedding_openai_base_url or self.openai_base_url
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        wants_openai = [
+            name
+            for name, wanted in (
+                ("USE_EMBEDDING_API=true", self.use_embedding_api),
+                ("EMBEDDING_MODE=openai", self.embedding_mode is EmbeddingMode.OPENAI),
+                ("EMBEDDING_MODE=fallback", self.embedding_mode is EmbeddingMode.FALLBACK),
+            )
+            if wanted
+        ]
+        if wants_openai and self.openai_key is None:
+            raise ValueError(
+                f"{wants_openai[0]} asks for OpenAI, but OPENAI_API_KEY is not set; "
+                f"set it (or EMBEDDING_OPENAI_API_KEY), or unset {wants_openai[0].split('=')[0]}"
+            )
+        return self
+
+
+def _read_dotenv() -> None:
+    """Put `.env` beside pyproject.toml into the environment, so that child processes see it.
+
+    What the environment already says wins. Dagster's daemon and run workers are processes of
+    their own: a value that only this process knew would be another value there.
+    """
+    from dotenv import dotenv_values
+
+    path = PROJECT_ROOT / ".env"
+    if path.is_file():
+        for name, value in dotenv_values(path).items():
+            if value:
+                os.environ.setdefault(name, value)
+
+
+@cache
+def load_settings() -> Settings:
+    """Read the environment (and `.env`) once for this process.
+
+    Raises SettingsError naming every variable that is wrong; values never appear in it when
+    they could be secrets.
+    """
+    _read_dotenv()
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_url=False, include_input=False, include_context=False):
+            name = "_".join(str(part) for part in problem["loc"]).upper()
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{name}: {message}" if name else message)
+        raise SettingsError("wrong settings:\n  " + "\n  ".join(lines)) from None
