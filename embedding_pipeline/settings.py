@@ -11,7 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Self
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from embedding_pipeline.errors import SettingsError
@@ -30,7 +37,9 @@ class EmbeddingMode(StrEnum):
 class Settings(BaseSettings):
     """Every setting with its default; `load_settings` is the way to get one."""
 
-    model_config = SettingsConfigDict(extra="ignore", hide_input_in_errors=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        extra="ignore", hide_input_in_errors=True, env_ignore_empty=True
+    )
 
     database_url: SecretStr | None = Field(
         None, validation_alias=AliasChoices("DATABASE_URL", "POSTGRES_URL")

@@ -1,0 +1,144 @@
+"""One embedding column of one real table: the pending predicate and the names made from it.
+
+Pending is a predicate over the row itself, so it cannot drift from the data (DESIGN.md,
+"Pending is a predicate, not a ledger"). Every literal in it is composed here and nowhere else,
+because the planner uses the pending index only for the very expression that the index holds.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+
+from psycopg import sql
+
+from embedding_pipeline.spec import EmbeddingSpec, TableSpec, short_name
+from embedding_pipeline.store import partitions
+
+BLANKS = "".join(char for char in map(chr, range(sys.maxunicode + 1)) if char.isspace())
+"""Every character that `str.isspace` knows: a text of these alone is blank, in SQL as in Python."""
+
+
+@dataclass(frozen=True)
+class TableFacts:
+    """What the catalogue says of a source table."""
+
+    schema: str
+    name: str
+    oid: int
+    columns: dict[str, str]
+    """Column name → type as `format_type` writes it (schema-qualified, quoted as needed)."""
+    vector_schema: str
+    """The schema that holds pgvector's types: `public`, or `extensions` at some hosts."""
+    is_partitioned: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """An embedding column bound to the table that the catalogue describes."""
+
+    table: TableSpec
+    embedding: EmbeddingSpec
+    facts: TableFacts
+
+    def __str__(self) -> str:
+        return f"{self.table.table}.{self.embedding.column}"
+
+    @property
+    def relation(self) -> sql.Composable:
+        """The source table, always with its schema."""
+        return sql.Identifier(self.facts.schema, self.facts.name)
+
+    @property
+    def vector(self) -> sql.Identifier:
+        return sql.Identifier(self.embedding.column)
+
+    @property
+    def fingerprint(self) -> sql.Identifier:
+        return sql.Identifier(self.embedding.fingerprint_column)
+
+    @property
+    def keys(self) -> sql.Composable:
+        """The key columns, comma-separated."""
+        return sql.SQL(", ").join(map(sql.Identifier, self.table.key_columns))
+
+    @property
+    def key_types(self) -> list[str]:
+        return [self.facts.columns[name] for name in self.table.key_columns]
+
+    @property
+    def key_json(self) -> sql.Composable:
+        """The key as a JSON array: how quarantine, golden sets and messages name a row."""
+        return sql.SQL("jsonb_build_array({})").format(self.keys)
+
+    @property
+    def vector_type(self) -> sql.Composable:
+        """`vector(n)` with its schema, which need not be on the search path."""
+        return sql.SQL("{}({})").format(
+            sql.Identifier(self.facts.vector_schema, "vector"),
+            sql.Literal(self.embedding.dimensions),
+        )
+
+    @property
+    def partition_type(self) -> str:
+        column = getattr(self.table.partitions, "column", None)
+        return self.facts.columns[column] if column else "bigint"
+
+    @cached_property
+    def text(self) -> sql.Composable:
+        """The text to embed, as SQL over the row."""
+        return _column_or_expression(self.table.text, self.facts)
+
+    @cached_property
+    def eligible(self) -> sql.Composable:
+        """True for a row that should have a vector; NULL counts as false."""
+        not_blank = sql.SQL("btrim(({text})::text, {blanks}) <> ''").format(
+            text=self.text, blanks=sql.Literal(BLANKS)
+        )
+        if self.table.eligible is None:
+            return not_blank
+        return sql.SQL("{} AND ({})").format(
+            not_blank, _column_or_expression(self.table.eligible, self.facts)
+        )
+
+    @cached_property
+    def expected(self) -> sql.Composable:
+        """The fingerprint that the row's text calls for now; NULL for an ineligible row.
+
+        The recipe is a literal: a parameter loses the index under a generic plan.
+        """
+        return sql.SQL(
+            "CASE WHEN {eligible} THEN md5({recipe} || E'\\n' || ({text})::text)::uuid END"
+        ).format(eligible=self.eligible, recipe=sql.Literal(self.embedding.recipe), text=self.text)
+
+    @cached_property
+    def pending(self) -> sql.Composable:
+        """True for a row whose stored vector is not the one that its text calls for."""
+        return sql.SQL(
+            "({fingerprint} IS DISTINCT FROM {expected}"
+            " OR ({vector} IS NULL) <> (({expected}) IS NULL))"
+        ).format(fingerprint=self.fingerprint, expected=self.expected, vector=self.vector)
+
+    @property
+    def partition_index_expression(self) -> sql.Composable:
+        return partitions.index_expression(self.table)
+
+    @property
+    def pending_index(self) -> str:
+        """Name of the partial index that is the work queue."""
+        return short_name(self.facts.name, self.embedding.column, "pending")
+
+    @property
+    def hnsw_index(self) -> str:
+        """Name of the HNSW index."""
+        return short_name(self.facts.name, self.embedding.column, "hnsw")
+
+    def partition(self, key: str, first_parameter: int = 1) -> partitions.PartitionFilter:
+        """The condition for one partition's rows."""
+        return partitions.partition_filter(self.table, self.partition_type, key, first_parameter)
+
+
+def _column_or_expression(text: str, facts: TableFacts) -> sql.Composable:
+    """A column's own name is taken literally (capitals, spaces, reserved words); else SQL."""
+    if text in facts.columns:
+        return sql.Identifier(text)
+    return sql.SQL(f"({text})")  # type: ignore[arg-type]  # the table owner's own SQL
