@@ -141,4 +141,4 @@ def _column_or_expression(text: str, facts: TableFacts) -> sql.Composable:
     """A column's own name is taken literally (capitals, spaces, reserved words); else SQL."""
     if text in facts.columns:
         return sql.Identifier(text)
-    return sql.SQL(f"({text})")  # type: ignore[arg-type]  # the table owner's own SQL
+    return sql.SQL(f"({text})")  # the table owner's own SQL

@@ -23,7 +23,7 @@ SESSION = sql.SQL("SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO'")
 
 
 def database_url() -> str:
-    """The connection string in use: DATABASE_URL, else the embedded server's, started if need be."""
+    """The connection string in use: DATABASE_URL, else that of the embedded server, started."""
     settings = load_settings()
     if settings.database_url is not None:
         return settings.database_url.get_secret_value()
