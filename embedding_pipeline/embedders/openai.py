@@ -1,0 +1,123 @@
+"""OpenAI's dialect: the `openai` client, its retries off, base64 decoded straight to numpy."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from embedding_pipeline.embedders import responses
+from embedding_pipeline.embedders.errors import TransientError
+from embedding_pipeline.embedders.port import Endpoint
+from embedding_pipeline.embedders.responses import Answer
+from embedding_pipeline.embedders.wire import is_loopback, transport_error
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+
+class OpenAIWire:
+    """`POST /embeddings`.
+
+    The client's own parsing builds one Python float list a row; decoding the raw body costs half
+    the CPU, and its aiohttp transport half of that again (see DESIGN.md, "Measured limits").
+    """
+
+    def __init__(self, model: str, dimensions: int) -> None:
+        self._model = model
+        self._dimensions = dimensions
+        self._client: AsyncOpenAI | None = None
+        self._endpoint: Endpoint | None = None
+
+    async def open(self, endpoint: Endpoint) -> Endpoint:
+        """Build the client; this dialect has no request that costs nothing and tells the model."""
+        import openai
+
+        self._endpoint = endpoint
+        if self._client is None:
+            self._client = openai.AsyncOpenAI(
+                # the client insists on a key, also where the server wants none
+                api_key=endpoint.api_key.get_secret_value() if endpoint.api_key else "none",
+                base_url=endpoint.base_url,
+                max_retries=0,
+                timeout=endpoint.timeout_seconds,
+                http_client=openai.DefaultAioHttpClient(
+                    follow_redirects=False, trust_env=not is_loopback(endpoint.base_url)
+                ),
+            )
+        return endpoint
+
+    async def send(self, texts: Sequence[str]) -> Answer:
+        """One `POST /embeddings`."""
+        import aiohttp
+        import openai
+
+        endpoint = self._endpoint
+        assert endpoint is not None
+        assert self._client is not None, "start() first"
+        try:
+            # the client's timeouts are per read, so a server that drips never meets one
+            async with asyncio.timeout(endpoint.timeout_seconds):
+                raw = await self._client.embeddings.with_raw_response.create(
+                    input=list(texts),
+                    model=self._model,
+                    encoding_format="base64",
+                    dimensions=self._dimensions if takes_dimensions(self._model) else openai.omit,
+                )
+                body = raw.content
+        except openai.APIStatusError as error:
+            raise responses.error_for_status(
+                endpoint,
+                self._model,
+                error.status_code,
+                _lower(error.response.headers),
+                error.response.content,
+            ) from None
+        except (openai.APIConnectionError, aiohttp.ClientError, OSError) as error:
+            raise transport_error(endpoint, error) from None
+        return self._answer(body, _lower(raw.headers), len(texts))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+
+    def _answer(self, body: bytes, headers: dict[str, str], expected: int) -> Answer:
+        endpoint = self._endpoint
+        assert endpoint is not None
+        parsed = responses.parse_json(endpoint, body)
+        data = parsed.get("data") if isinstance(parsed, dict) else None
+        if not isinstance(data, list) or not all(isinstance(item, dict) for item in data):
+            raise TransientError(
+                f"{endpoint.name} answered /embeddings without a list of data", cause="response"
+            )
+        responses.check_model(endpoint, self._model, parsed.get("model"))
+        responses.check_count(endpoint, len(data), expected)
+        rows: list[Any] = [None] * expected
+        for item in data:
+            index = item.get("index")
+            if type(index) is not int or not 0 <= index < expected or rows[index] is not None:
+                raise TransientError(
+                    f"{endpoint.name} answered with indexes that are not 0 to {expected - 1}, "
+                    "each once",
+                    cause="response",
+                )
+            embedding = item.get("embedding")
+            # some servers of this dialect ignore encoding_format
+            rows[index] = (
+                embedding
+                if isinstance(embedding, list)
+                else responses.decode_base64(endpoint, embedding)
+            )
+        vectors = responses.check_vectors(endpoint, self._model, rows, self._dimensions)
+        usage = parsed.get("usage")
+        tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
+        return Answer(vectors, tokens if type(tokens) is int and tokens >= 0 else None, headers)
+
+
+def takes_dimensions(model: str) -> bool:
+    """Whether the model can be asked for a width (OpenAI's embeddings reference: 3 and later)."""
+    return model.startswith("text-embedding-3-") or model == "all-minilm-l6-v2-layers"
+
+
+def _lower(headers: Any) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}

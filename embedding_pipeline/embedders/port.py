@@ -1,0 +1,106 @@
+"""The port: what the rest of the project knows of an embedding provider."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from pydantic import SecretStr
+
+Dialect = Literal["tei", "openai"]
+Overlong = Literal["truncate", "quarantine"]
+Vectors = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One named provider: where it is, how it is spoken to, and what it can take.
+
+    An empty `base_url` stands for the local model server, which is started when an embedder of
+    this endpoint starts. For TEI the limits are ceilings: what `/info` says is lower wins.
+    """
+
+    name: str
+    dialect: Dialect
+    base_url: str
+    api_key: SecretStr | None = None
+    max_inputs: int = 2048
+    max_tokens_per_input: int = 8192
+    max_tokens_per_request: int = 300_000
+    max_bytes_per_request: int = 8_000_000
+    price_per_million_tokens: dict[str, float] = field(default_factory=dict)
+    """US dollars by model."""
+    concurrency: int = 32
+    """Most requests in flight; the limiter finds out how many of them pay."""
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    model_aliases: dict[str, list[str]] = field(default_factory=dict)
+    """Names that `/info` or a response may use for a model, by the model's name in the YAML."""
+    timeout_seconds: float = 60.0
+    """For one request, whole."""
+    give_up_after_seconds: float = 300.0
+    """From a request's first failure to the end of its retries."""
+    unusable: str | None = None
+    """Why it cannot be used here (an unset variable), told to whoever starts an embedder."""
+
+    def names_of(self, model: str) -> set[str]:
+        """The model's name and its aliases, case folded."""
+        return {name.casefold() for name in (model, *self.model_aliases.get(model, []))}
+
+
+@dataclass
+class EmbedResult:
+    """What one `embed` call brought back; row i belongs to text i."""
+
+    vectors: Vectors
+    """float32 (n, dimensions); rows that are not `done` are NaN, which pgvector refuses."""
+    done: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    """bool (n,): True where `vectors` holds the text's vector."""
+    refused: dict[int, str] = field(default_factory=dict)
+    """Index of an input that the provider (or we, before sending) refuses -> the words."""
+    truncated: list[int] = field(default_factory=list)
+    """Indexes of inputs that were cut to the model's length, in order."""
+    tokens: int = 0
+    """As the provider counts them; our estimate where it says nothing."""
+    requests: int = 0
+    """HTTP requests sent, failed ones included; not the one for `/info`."""
+    throttled: int = 0
+    """Of those, answered 429."""
+    retried: int = 0
+    """Of those, repeats of a request that had failed."""
+
+
+class Embedder(Protocol):
+    """Turns texts into one model's vectors."""
+
+    endpoint: Endpoint
+    model: str
+    dimensions: int
+
+    async def start(self) -> None:
+        """Connect, make sure that the endpoint serves `model`, read its limits.
+
+        Raises GlobalError when it is another model, TransientError when it cannot be reached.
+        """
+        ...
+
+    async def embed(self, texts: Sequence[str], *, retry: bool = True) -> EmbedResult:
+        """Embed any number of texts, packed into requests within the endpoint's limits.
+
+        Texts that the provider refuses are in `refused`. Raises TransientError when retrying
+        (off with `retry=False`) did not help and GlobalError when it cannot; both carry what
+        was finished in `partial`.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Close the connections; the embedder may be started again."""
+        ...
+
+    def estimate_tokens(self, text: str) -> int:
+        """Tokens of this text, prefix included, after the cut to the model's length."""
+        ...
+
+    def cost(self, tokens: int) -> float:
+        """US dollars for so many tokens; 0 where the endpoint has no price for the model."""
+        ...
