@@ -19,7 +19,7 @@ from uuid import UUID
 import numpy as np
 import psycopg
 
-from embedding_pipeline.embedders import EmbedError, Embedder, EmbedResult
+from embedding_pipeline.embedders import Embedder, EmbedError, EmbedResult
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import DatabaseUnreachableError, open_async
@@ -28,7 +28,7 @@ from embedding_pipeline.store.quarantine import Refusal, json_key, quarantine
 from embedding_pipeline.store.writer import StagedRow, Writer, Written, reuse_query
 
 REMEMBERED_VECTORS = 2048
-"""How many recent vectors are kept for equal texts and for rows that were locked (12 MB at 1536)."""
+"""Recent vectors kept for equal texts and for rows that were locked (12 MB at 1536)."""
 MOST_PASSES = 8
 """How often a run re-reads its partitions for rows that arrived or were locked meanwhile."""
 RECONNECT_SECONDS = 60.0
@@ -316,7 +316,7 @@ class _Run:
                 else:
                     await self._abandon(batch.inputs)
                 await self._fail(error)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - handed to `run`, which raises it
                 await self._abandon(batch.inputs)
                 await self._fail(error)
             else:
@@ -414,7 +414,7 @@ class _Run:
                 batch, ready = ready[: writer.batch_rows], ready[writer.batch_rows :]
                 if batch:
                     await self._write_batch(connection, writer, batch)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - handed to `run`, which raises it
             await self._fail(error)
             # the reader and the embedders must not wait for a writer that is gone
             while not ended:
@@ -474,7 +474,7 @@ class _Run:
         try:
             try:
                 await self.read()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - raised below, after the queues drained
                 await self._fail(error)
             for _ in workers:
                 await self.inputs.put(None)

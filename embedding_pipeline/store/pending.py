@@ -264,3 +264,22 @@ def partitions_in_data(connection: "psycopg.Connection[Any]", column: Column) ->
         connection.execute(SESSION)
         rows = connection.execute(query).fetchall()
     return {key_from_database(column.table, value): count for value, count in sorted(rows, key=str)}
+
+
+def sample_pending(
+    connection: "psycopg.Connection[Any]", column: Column, partitions: list[str], most: int
+) -> list[tuple[tuple[str, ...], str]]:
+    """Keys and texts of some pending rows that have a text, spread over the partitions."""
+    rows: list[tuple[tuple[str, ...], str]] = []
+    each = max(1, most // max(1, len(partitions)))
+    with connection.transaction():
+        connection.execute(PLANNER)
+        connection.execute(SESSION)
+        for partition in partitions:
+            query, parameters = page_query(column, partition, None, each)
+            for key, _, text, fingerprint in connection.execute(query, parameters):
+                if fingerprint is not None:
+                    rows.append((tuple(key), text))
+            if len(rows) >= most:
+                break
+    return rows

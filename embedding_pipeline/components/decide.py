@@ -1,0 +1,161 @@
+"""What a sensor tick should do, decided without touching anything.
+
+The sensor gathers facts (pending rows, leases, runs in flight) and acts on the decision; what is
+decided from what is here, and tested here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from embedding_pipeline.store.lease import LeaseRow
+
+STARTING_SECONDS = 300.0
+"""A run that was requested and has not taken its lease after this long no longer counts: its
+process died before it began."""
+QUALITY_EVERY_SECONDS = 600.0
+"""A live writer brings a column to zero pending again and again; evaluating costs a full scan."""
+
+
+@dataclass(frozen=True)
+class RunInFlight:
+    """A run of ours that Dagster does not show as finished."""
+
+    run_id: str
+    partitions: frozenset[str]
+    age_seconds: float
+    """Since it was created."""
+
+
+@dataclass(frozen=True)
+class ColumnFacts:
+    """What a tick knows of one embedding column."""
+
+    column: str
+    pending: Mapping[str, int]
+    """Partition → pending rows, only those that have some."""
+    leases: Mapping[str, LeaseRow] = field(default_factory=dict)
+    in_flight: Sequence[RunInFlight] = ()
+    problem: str | None = None
+    """Why the column's runs are stopped (another recipe, a failed query); pending is not known."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run to ask for: a contiguous range of one column's partitions."""
+
+    column: str
+    partitions: tuple[str, ...]
+    rows: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do, and why not more."""
+
+    requests: list[Request]
+    reasons: list[str]
+
+
+def dead_leases(facts: ColumnFacts) -> list[tuple[str, LeaseRow]]:
+    """Leases whose holders are gone: their runs must be failed and their partitions freed."""
+    return [(key, lease) for key, lease in sorted(facts.leases.items()) if lease.lapsed]
+
+
+def decide(columns: Sequence[ColumnFacts], order: Sequence[str], rows_per_run: int) -> Decision:
+    """Which runs to request for a table.
+
+    `order` is Dagster's order of the table's partitions, in which ranges are contiguous. Pending
+    partitions that lie side by side become one run, up to `rows_per_run` rows.
+    """
+    requests: list[Request] = []
+    reasons: list[str] = []
+    for facts in columns:
+        if facts.problem is not None:
+            reasons.append(f"{facts.column}: stopped: {facts.problem}")
+            continue
+        if not facts.pending:
+            reasons.append(f"{facts.column}: nothing pending")
+            continue
+        free, why = _free(facts)
+        reasons += why
+        requests += _ranges(facts.column, {k: facts.pending[k] for k in free}, order, rows_per_run)
+    return Decision(requests, reasons)
+
+
+def _free(facts: ColumnFacts) -> tuple[list[str], list[str]]:
+    """Pending partitions that nobody works on and that are not backing off."""
+    free: list[str] = []
+    held: dict[str, int] = {}
+    waiting: list[LeaseRow] = []
+    for partition in facts.pending:
+        lease = facts.leases.get(partition)
+        starting = next(
+            (
+                run.run_id
+                for run in facts.in_flight
+                if partition in run.partitions
+                and run.age_seconds < STARTING_SECONDS
+                and not (lease is not None and lease.run_id == run.run_id and not lease.live)
+            ),
+            None,
+        )
+        if lease is not None and lease.live:
+            held[lease.run_id or "outside Dagster"] = held.get(lease.run_id or "", 0) + 1
+        elif starting is not None:
+            held[starting] = held.get(starting, 0) + 1
+        elif lease is not None and lease.waiting_seconds > 0:
+            waiting.append(lease)
+        else:
+            free.append(partition)
+    reasons = [
+        f"{facts.column}: {count} partition{'s' * (count > 1)} in flight in run {run_id[:8]}"
+        for run_id, count in held.items()
+    ]
+    if waiting:
+        soonest = min(waiting, key=lambda lease: lease.waiting_seconds)
+        reasons.append(
+            f"{facts.column}: {len(waiting)} partition{'s' * (len(waiting) > 1)} backing off after "
+            f"{soonest.failures} failure{'s' * (soonest.failures > 1)}, next try in "
+            f"{soonest.waiting_seconds:.0f} s; last error: {soonest.last_error}"
+        )
+    return free, reasons
+
+
+def _ranges(
+    column: str, pending: Mapping[str, int], order: Sequence[str], rows_per_run: int
+) -> list[Request]:
+    """Split pending partitions into runs of neighbours of at most `rows_per_run` rows each."""
+    positions = {key: number for number, key in enumerate(order)}
+    keys = sorted((key for key in pending if key in positions), key=positions.__getitem__)
+    if not keys:
+        return []
+    groups: list[list[str]] = [[keys[0]]]
+    rows = pending[keys[0]]
+    for previous, key in pairwise(keys):
+        neighbours = positions[key] == positions[previous] + 1
+        if neighbours and rows + pending[key] <= rows_per_run:
+            groups[-1].append(key)
+            rows += pending[key]
+        else:
+            groups.append([key])
+            rows = pending[key]
+    return [Request(column, tuple(group), sum(pending[key] for key in group)) for group in groups]
+
+
+def wants_evaluation(
+    *,
+    settled: bool,
+    changed: bool,
+    seconds_since_evaluated: float | None,
+    seconds_since_requested: float | None,
+) -> bool:
+    """Whether to evaluate a table now: all its columns at zero pending, and written since.
+
+    The first evaluation comes at once, later ones at most every `QUALITY_EVERY_SECONDS`.
+    """
+    if not (settled and changed):
+        return False
+    if seconds_since_requested is not None and seconds_since_requested < QUALITY_EVERY_SECONDS:
+        return False
+    return seconds_since_evaluated is None or seconds_since_evaluated >= QUALITY_EVERY_SECONDS

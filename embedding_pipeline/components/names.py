@@ -1,0 +1,79 @@
+"""Dagster's names for a table's parts, made in one place."""
+
+import dagster as dg
+
+from embedding_pipeline.spec import (
+    EmbeddingSpec,
+    HashPartitions,
+    TableSpec,
+    dagster_name,
+)
+from embedding_pipeline.store.partitions import static_keys
+
+OWNED = "embedding_pipeline"
+"""Prefix of our own run tags."""
+TABLE_TAG = f"{OWNED}/table"
+COLUMN_TAG = f"{OWNED}/column"
+
+
+def source_key(table: TableSpec) -> dg.AssetKey:
+    """The source table itself, an external asset."""
+    return dg.AssetKey([table.asset_name])
+
+
+def column_key(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetKey:
+    """`[table, column]`."""
+    return dg.AssetKey([table.asset_name, dagster_name(embedding.column)])
+
+
+def index_key(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetKey:
+    """`[table, column_index]`."""
+    return dg.AssetKey([table.asset_name, f"{dagster_name(embedding.column)}_index"])
+
+
+def quality_key(table: TableSpec) -> dg.AssetKey:
+    """`[table, retrieval_quality]`."""
+    return dg.AssetKey([table.asset_name, "retrieval_quality"])
+
+
+def sensor_name(table: TableSpec) -> str:
+    return f"{table.asset_name}_pending"
+
+
+def partitions_definition(
+    table: TableSpec,
+) -> dg.StaticPartitionsDefinition | dg.DynamicPartitionsDefinition:
+    """Static buckets, or dynamic keys that the sensor keeps up to date and never deletes."""
+    if isinstance(table.partitions, HashPartitions):
+        keys = static_keys(table)
+        assert keys is not None
+        return dg.StaticPartitionsDefinition(keys)
+    return dg.DynamicPartitionsDefinition(name=f"{table.asset_name}_{table.partitions.by}")
+
+
+def known_partitions(instance: dg.DagsterInstance, table: TableSpec) -> list[str]:
+    """The partition keys in Dagster's own order: a range is contiguous in this order only."""
+    definition = partitions_definition(table)
+    if isinstance(definition, dg.DynamicPartitionsDefinition):
+        return list(instance.get_dynamic_partitions(str(definition.name)))
+    return list(definition.get_partition_keys())
+
+
+def add_partitions(instance: dg.DagsterInstance, table: TableSpec, keys: list[str]) -> list[str]:
+    """Make partitions of keys that Dagster does not know yet; returns the new ones."""
+    definition = partitions_definition(table)
+    if not isinstance(definition, dg.DynamicPartitionsDefinition):
+        return []
+    known = set(known_partitions(instance, table))
+    new = sorted(key for key in keys if key not in known)
+    if new:
+        instance.add_dynamic_partitions(str(definition.name), new)
+    return new
+
+
+def range_tags(first: str, last: str) -> dict[str, str]:
+    """Tags that make one run cover a contiguous range of partitions."""
+    return {
+        "dagster/asset_partition_range_start": first,
+        "dagster/asset_partition_range_end": last,
+    }

@@ -1,0 +1,297 @@
+"""The sensor of one table: asks for runs of what is pending, and for nothing else.
+
+It gathers facts, lets `decide` choose and acts. What "in flight" means is a lease in the
+database, because Dagster leaves a killed run STARTED for ever; a run whose lease has lapsed is
+failed here, and its partitions go on.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import dagster as dg
+import psycopg
+
+from embedding_pipeline.components import names
+from embedding_pipeline.components.decide import (
+    ColumnFacts,
+    Request,
+    RunInFlight,
+    dead_leases,
+    decide,
+    wants_evaluation,
+)
+from embedding_pipeline.errors import PipelineError
+from embedding_pipeline.settings import load_settings
+from embedding_pipeline.spec import EmbeddingSpec, TableSpec
+from embedding_pipeline.spec_files import TableFile
+from embedding_pipeline.store.catalogue import bind_columns
+from embedding_pipeline.store.column import Column
+from embedding_pipeline.store.connection import connect
+from embedding_pipeline.store.lease import LeaseRow, read_leases, release_lapsed
+from embedding_pipeline.store.pending import count_by_partition
+from embedding_pipeline.store.registry import verify
+from embedding_pipeline.store.results import note_pending
+
+INTERVAL_SECONDS = 10
+BINDING_SECONDS = 300.0
+UNFINISHED = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+SENSORS_VARIABLE = "EMBEDDING_PIPELINE_SENSORS"
+"""Set to `on` (as `embedding-pipeline dev` does), sensors and schedules start switched on."""
+
+
+def default_sensor_status() -> dg.DefaultSensorStatus:
+    """Sensors spend unattended, so whoever merely opens the UI does not start them."""
+    on = os.environ.get(SENSORS_VARIABLE, "").lower() in {"on", "1", "true"}
+    return dg.DefaultSensorStatus.RUNNING if on else dg.DefaultSensorStatus.STOPPED
+
+
+@dataclass
+class _Binding:
+    columns: list[Column]
+    until: float
+
+
+_bindings: dict[str, _Binding] = {}
+"""Tables bound to the catalogue, kept for a while: looking it up costs more than a tick's query.
+A query that fails drops its table's entry."""
+
+
+def _bound(connection: "psycopg.Connection[Any]", table: TableSpec) -> list[Column]:
+    binding = _bindings.get(table.table)
+    if binding is None or binding.until < time.monotonic() or binding.columns[0].table != table:
+        columns = bind_columns(connection, table)
+        binding = _bindings[table.table] = _Binding(columns, time.monotonic() + BINDING_SECONDS)
+    return binding.columns
+
+
+def table_sensor(file: TableFile) -> dg.SensorDefinition:
+    """The sensor `<table>_pending`."""
+    table = file.spec
+    keys = [names.column_key(table, embedding) for embedding in table.embeddings]
+    quality = [
+        *(names.index_key(table, embedding) for embedding in table.embeddings),
+        names.quality_key(table),
+    ]
+
+    @dg.sensor(
+        name=names.sensor_name(table),
+        target=dg.AssetSelection.assets(*keys, *quality),
+        minimum_interval_seconds=INTERVAL_SECONDS,
+        default_status=default_sensor_status(),
+        description=(
+            f"Embeds new and changed rows of `{table.table}` within seconds of their commit. Each "
+            "tick counts pending rows by partition (at a cost of what is pending), requests runs "
+            "for partitions that nobody works on, takes over from runs that died, and evaluates "
+            "the table when all its columns are complete. A tick that requests nothing says why."
+        ),
+    )
+    def sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        tick = _tick(context.instance, table)
+        for line in tick.log:
+            context.log.info(line)
+        if tick.requests:
+            return dg.SensorResult(run_requests=tick.requests)
+        if tick.errors:
+            raise dg.Failure(
+                "Not known what is pending (which is not the same as nothing): "
+                + "; ".join(tick.errors)
+            )
+        return dg.SkipReason("; ".join(tick.reasons))
+
+    return sensor
+
+
+@dataclass
+class _Tick:
+    requests: list[dg.RunRequest]
+    reasons: list[str]
+    errors: list[str]
+    log: list[str]
+
+
+def _tick(instance: dg.DagsterInstance, table: TableSpec) -> _Tick:
+    log: list[str] = []
+    errors: list[str] = []
+    runs = _unfinished_runs(instance, table)
+    try:
+        with connect() as connection:
+            columns = _bound(connection, table)
+            facts = [
+                _column_facts(connection, instance, column, runs, log, errors) for column in columns
+            ]
+            new = {key for item in facts for key in item.pending}
+            added = names.add_partitions(instance, table, sorted(new))
+            if added:
+                log.append(f"new partitions: {', '.join(added[:20])}")
+            decision = decide(facts, names.known_partitions(instance, table), table.rows_per_run)
+            requests = [_run_request(table, request) for request in decision.requests]
+            reasons = decision.reasons
+            if not requests and _wants_evaluation(connection, instance, table, facts):
+                requests = [_quality_request(table)]
+                reasons = [*reasons, "all columns complete: evaluating"]
+    except (PipelineError, psycopg.Error) as error:
+        _bindings.pop(table.table, None)
+        return _Tick([], [], [str(error).strip()], log)
+    if errors:
+        _bindings.pop(table.table, None)
+    return _Tick(requests, reasons, errors, log + reasons)
+
+
+def _column_facts(
+    connection: "psycopg.Connection[Any]",
+    instance: dg.DagsterInstance,
+    column: Column,
+    runs: list[dg.RunRecord],
+    log: list[str],
+    errors: list[str],
+) -> ColumnFacts:
+    name = column.embedding.column
+    try:
+        verify(connection, column, load_settings().embedding_pipeline_environment)
+    except PipelineError as error:
+        return ColumnFacts(name, {}, problem=str(error))
+    try:
+        leases = read_leases(connection, column)
+        facts = ColumnFacts(name, {}, leases)
+        for line in reap(connection, instance, column, dead_leases(facts)):
+            log.append(line)
+        if any(lease.lapsed for lease in leases.values()):
+            leases = read_leases(connection, column)
+        pending = count_by_partition(connection, column)
+        note_pending(connection, column, bool(pending))
+    except psycopg.Error as error:
+        message = f"{name}: {str(error).strip()}"
+        errors.append(message)
+        return ColumnFacts(name, {}, problem=f"its pending rows could not be read: {error}")
+    return ColumnFacts(name, pending, leases, list(_in_flight(column, runs)))
+
+
+def reap(
+    connection: "psycopg.Connection[Any]",
+    instance: dg.DagsterInstance,
+    column: Column,
+    dead: list[tuple[str, LeaseRow]],
+) -> Iterator[str]:
+    """Fail the runs of lapsed leases and free their partitions; yields what was done."""
+    by_run: dict[str | None, list[str]] = {}
+    for partition, lease in dead:
+        by_run.setdefault(lease.run_id, []).append(partition)
+    for run_id, partitions in by_run.items():
+        message = "the run died: its lease lapsed without being released"
+        freed = release_lapsed(connection, column, partitions, message)
+        if not freed:
+            continue
+        run = instance.get_run_by_id(run_id) if run_id else None
+        if run is not None and not run.is_finished:
+            instance.report_run_failed(
+                run,
+                message=f"{column}: {message} (killed, or its machine is gone). What it had "
+                "written is kept; the sensor goes on with the rest.",
+            )
+        yield f"{column}: run {run_id or 'outside Dagster'} died; {len(freed)} partitions freed"
+
+
+def _unfinished_runs(instance: dg.DagsterInstance, table: TableSpec) -> list[dg.RunRecord]:
+    return list(
+        instance.get_run_records(
+            dg.RunsFilter(tags={names.TABLE_TAG: table.asset_name}, statuses=UNFINISHED), limit=500
+        )
+    )
+
+
+def _in_flight(column: Column, runs: list[dg.RunRecord]) -> Iterator[RunInFlight]:
+    for record in runs:
+        tags = record.dagster_run.tags
+        if tags.get(names.COLUMN_TAG) != column.embedding.column:
+            continue
+        partitions = tags.get(PARTITIONS_TAG, "")
+        yield RunInFlight(
+            record.dagster_run.run_id,
+            frozenset(partitions.split(",")),
+            time.time() - record.create_timestamp.timestamp(),
+        )
+
+
+PARTITIONS_TAG = f"{names.OWNED}/partitions"
+
+
+def _run_request(table: TableSpec, request: Request) -> dg.RunRequest:
+    embedding = table.embedding(request.column)
+    key = names.column_key(table, embedding)
+    return dg.RunRequest(
+        asset_selection=[key],
+        asset_check_keys=[dg.AssetCheckKey(key, "coverage")],
+        tags={
+            **names.range_tags(request.partitions[0], request.partitions[-1]),
+            names.TABLE_TAG: table.asset_name,
+            names.COLUMN_TAG: request.column,
+            PARTITIONS_TAG: ",".join(request.partitions),
+        },
+    )
+
+
+QUALITY_TAG = f"{names.OWNED}/quality"
+
+
+def quality_checks(table: TableSpec, embedding: EmbeddingSpec) -> list[dg.AssetCheckKey]:
+    """The checks that need a full scan or a finished evaluation."""
+    key = names.column_key(table, embedding)
+    return [
+        dg.AssetCheckKey(key, name)
+        for name in ("coverage", "golden_mrr", "vectors_valid", "index_recall")
+    ]
+
+
+def _quality_request(table: TableSpec) -> dg.RunRequest:
+    return dg.RunRequest(
+        asset_selection=[
+            *(names.index_key(table, embedding) for embedding in table.embeddings),
+            names.quality_key(table),
+        ],
+        asset_check_keys=[
+            check for embedding in table.embeddings for check in quality_checks(table, embedding)
+        ],
+        tags={names.TABLE_TAG: table.asset_name, QUALITY_TAG: "evaluate"},
+    )
+
+
+def _wants_evaluation(
+    connection: "psycopg.Connection[Any]",
+    instance: dg.DagsterInstance,
+    table: TableSpec,
+    facts: list[ColumnFacts],
+) -> bool:
+    columns = _bound(connection, table)
+    row = connection.execute(
+        "SELECT bool_or(written_at IS NOT NULL AND written_at > coalesce(evaluated_at,"
+        " '-infinity')), extract(epoch FROM now() - max(evaluated_at))::float8"
+        " FROM embedding_pipeline.embedding_column"
+        " WHERE table_schema = $1 AND table_name = $2 AND column_name = ANY($3)",
+        [
+            columns[0].facts.schema,
+            columns[0].facts.name,
+            [column.embedding.column for column in columns],
+        ],
+    ).fetchone()
+    changed, since = row if row else (False, None)
+    if not changed:
+        return False
+    latest = instance.get_run_records(
+        dg.RunsFilter(tags={names.TABLE_TAG: table.asset_name, QUALITY_TAG: "evaluate"}), limit=1
+    )
+    requested = time.time() - latest[0].create_timestamp.timestamp() if latest else None
+    return wants_evaluation(
+        settled=all(not item.pending and item.problem is None for item in facts),
+        changed=bool(changed),
+        seconds_since_evaluated=since,
+        seconds_since_requested=requested,
+    )
