@@ -1,5 +1,7 @@
 """Dagster's names for a table's parts, made in one place."""
 
+from collections.abc import Mapping, Sequence
+
 import dagster as dg
 
 from embedding_pipeline.spec import (
@@ -77,3 +79,12 @@ def range_tags(first: str, last: str) -> dict[str, str]:
         "dagster/asset_partition_range_start": first,
         "dagster/asset_partition_range_end": last,
     }
+
+
+def partitions_of_range(tags: Mapping[str, str], order: Sequence[str]) -> list[str]:
+    """The partitions that a run's tags cover; none where they name unknown ones."""
+    first = tags.get("dagster/asset_partition_range_start", tags.get("dagster/partition"))
+    last = tags.get("dagster/asset_partition_range_end", first)
+    if first not in order or last not in order:
+        return []
+    return list(order[order.index(first) : order.index(last) + 1])

@@ -172,7 +172,12 @@ def _column_facts(
         message = f"{name}: {str(error).strip()}"
         errors.append(message)
         return ColumnFacts(name, {}, problem=f"its pending rows could not be read: {error}")
-    return ColumnFacts(name, pending, leases, list(_in_flight(column, runs)))
+    return ColumnFacts(
+        name,
+        pending,
+        leases,
+        list(_in_flight(column, runs, names.known_partitions(instance, column.table))),
+    )
 
 
 def reap(
@@ -208,20 +213,16 @@ def _unfinished_runs(instance: dg.DagsterInstance, table: TableSpec) -> list[dg.
     )
 
 
-def _in_flight(column: Column, runs: list[dg.RunRecord]) -> Iterator[RunInFlight]:
+def _in_flight(column: Column, runs: list[dg.RunRecord], order: list[str]) -> Iterator[RunInFlight]:
     for record in runs:
         tags = record.dagster_run.tags
         if tags.get(names.COLUMN_TAG) != column.embedding.column:
             continue
-        partitions = tags.get(PARTITIONS_TAG, "")
         yield RunInFlight(
             record.dagster_run.run_id,
-            frozenset(partitions.split(",")),
+            frozenset(names.partitions_of_range(tags, order)),
             time.time() - record.create_timestamp.timestamp(),
         )
-
-
-PARTITIONS_TAG = f"{names.OWNED}/partitions"
 
 
 def _run_request(table: TableSpec, request: Request) -> dg.RunRequest:
@@ -234,7 +235,6 @@ def _run_request(table: TableSpec, request: Request) -> dg.RunRequest:
             **names.range_tags(request.partitions[0], request.partitions[-1]),
             names.TABLE_TAG: table.asset_name,
             names.COLUMN_TAG: request.column,
-            PARTITIONS_TAG: ",".join(request.partitions),
         },
     )
 
