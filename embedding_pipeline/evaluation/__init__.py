@@ -1,0 +1,1 @@
+"""How good a column's retrieval is: golden sets, metrics, comparisons, verdicts and reports."""

@@ -1,0 +1,250 @@
+"""The `retrieval_quality` report of a table, as Markdown. Pure: evaluations in, text out."""
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+from embedding_pipeline.evaluation.compare import compare
+from embedding_pipeline.evaluation.keys import Key, show_key
+from embedding_pipeline.evaluation.result import Evaluation, QueryResult
+
+WORST = 10
+HISTORY = 10
+_LONGEST = 90
+_MARKUP = re.compile(r"([\\`*_\[\]|~$])")
+"""What means something in the middle of a line, where escaped text always stands."""
+
+
+def retrieval_report(
+    table: str,
+    latest: Sequence[Evaluation],
+    *,
+    baselines: Mapping[str, str] | None = None,
+    not_evaluated: Mapping[str, str] | None = None,
+    history: Sequence[Evaluation] = (),
+    worst: int = WORST,
+) -> str:
+    """Columns by figures, the queries that went worst, and earlier evaluations.
+
+    `latest` has the newest evaluation of each column, in the order of the report; `baselines`
+    maps a column to its baseline's column, `not_evaluated` a column without an evaluation to
+    the reason; `history` is any columns' evaluations, of which the newest ten of each are
+    shown. Users' texts are escaped: nothing in them is Markdown or HTML in the report.
+    """
+    parts = [f"## Retrieval quality of {escape(table)}"]
+    parts.append(_figures(latest, baselines or {}, not_evaluated or {}))
+    parts.extend(_notes(latest))
+    if latest:
+        parts.append(_worst_queries(latest, worst))
+    if history:
+        parts.append(_history(history))
+    return "\n\n".join(parts) + "\n"
+
+
+def escape(text: str, limit: int = _LONGEST) -> str:
+    """Any text as one line of plain Markdown that fits a table's cell, at most `limit` long."""
+    # control and format characters (bidirectional overrides among them) would rearrange the page
+    plain = "".join(
+        " " if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char
+        for char in text
+        if unicodedata.category(char) not in ("Cf", "Cs")
+    )
+    plain = " ".join(plain.split())
+    if len(plain) > limit:
+        plain = plain[: limit - 1].rstrip() + "…"
+    plain = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    plain = _MARKUP.sub(r"\\\1", plain)
+    # what GitHub's dialect would make a link of
+    return plain.replace("://", ":&#47;&#47;").replace("www.", "www&#46;").replace("@", "&#64;")
+
+
+def _figures(
+    latest: Sequence[Evaluation], baselines: Mapping[str, str], missing: Mapping[str, str]
+) -> str:
+    by_column = {evaluation.column_name: evaluation for evaluation in latest}
+    rows = []
+    for evaluation in latest:
+        name = baselines.get(evaluation.column_name)
+        baseline = by_column.get(name) if name else None
+        if baseline and baseline.golden_set_hash != evaluation.golden_set_hash:
+            baseline = None
+        rows.append(
+            [
+                escape(evaluation.column_name),
+                escape(evaluation.model),
+                _with_delta(evaluation.mrr_at_5, baseline.mrr_at_5 if baseline else None),
+                _with_delta(evaluation.hit_at_1, baseline.hit_at_1 if baseline else None),
+                _with_delta(evaluation.ndcg_at_10, baseline.ndcg_at_10 if baseline else None),
+                _ratio(evaluation, baseline) if name else "",
+                _figure(evaluation.index_mrr_at_5),
+                _figure(evaluation.index_recall),
+                _pair(evaluation.p50_ms, evaluation.p95_ms),
+                _pair(evaluation.index_p50_ms, evaluation.index_p95_ms),
+                str(evaluation.scored),
+                _percent(evaluation.coverage),
+            ]
+        )
+    rows += [
+        [escape(column), f"not evaluated: {escape(reason, 300)}"]
+        for column, reason in missing.items()
+    ]
+    return _table(
+        ["column", "model", "MRR@5", "hit@1", "nDCG@10", "of baseline", "MRR@5 by index",
+         "index recall", "exact p50 / p95 ms", "index p50 / p95 ms", "queries", "coverage"],
+        rows,
+    )  # fmt: skip
+
+
+def _notes(latest: Sequence[Evaluation]) -> list[str]:
+    notes = []
+    for evaluation in latest:
+        column = escape(evaluation.column_name)
+        if evaluation.missing_expected:
+            notes.append(
+                f"- {column}: {evaluation.missing_expected} of {evaluation.queries} queries are "
+                "left out, because none of their expected rows exists any more"
+            )
+        if evaluation.partly_missing:
+            notes.append(
+                f"- {column}: {evaluation.partly_missing} queries have expected rows that do not "
+                "exist any more and were scored on the others"
+            )
+        waiting = sum(bool(result.pending) for result in evaluation.results)
+        if waiting:
+            notes.append(f"- {column}: the expected rows of {waiting} queries are pending")
+        if evaluation.index_reason:
+            notes.append(f"- {column}: no figures by index: {escape(evaluation.index_reason, 300)}")
+    return ["\n".join(notes)] if notes else []
+
+
+def _ratio(evaluation: Evaluation, baseline: Evaluation | None) -> str:
+    if baseline is None:
+        return "–"
+    comparison = compare(evaluation, baseline)
+    if comparison.ratio is None or comparison.p_value is None:
+        return "–"
+    return (
+        f"{comparison.ratio:.2f} (+{comparison.wins} −{comparison.losses}, "
+        f"p = {comparison.p_value:.2f})"
+    )
+
+
+def _worst_queries(latest: Sequence[Evaluation], worst: int) -> str:
+    """Queries by their mean reciprocal rank over the columns; perfect ones are not shown."""
+    columns = [{result.name: result for result in each.results} for each in latest]
+    results: dict[tuple[str, str | None], list[QueryResult | None]] = {
+        name: [column.get(name) for column in columns] for column in columns for name in column
+    }
+
+    def badness(name: tuple[str, str | None]) -> tuple[float, str, str]:
+        figures = [
+            result.reciprocal_rank
+            for result in results[name]
+            if result is not None and result.reciprocal_rank is not None
+        ]
+        mean = sum(figures) / len(figures) if figures else 1.0
+        return mean, name[0], name[1] or ""
+
+    bad = [name for name in sorted(results, key=badness) if badness(name)[0] < 1][:worst]
+    if not bad:
+        return "### Worst queries\n\nNone: every query finds an expected row first."
+    rows = []
+    for name in bad:
+        query, tenant = name
+        known = [result for result in results[name] if result is not None and result.scored]
+        rows.append(
+            [
+                escape(query) + (f" (tenant {escape(tenant, 40)})" if tenant is not None else ""),
+                _keys(known[0].expected),
+                *(_rank(result) for result in results[name]),
+                _instead(known),
+            ]
+        )
+    return "### Worst queries\n\n" + _table(
+        [
+            "query",
+            "expected",
+            *(f"rank in {escape(each.column_name)}" for each in latest),
+            "found first instead",
+        ],
+        rows,
+    )
+
+
+def _instead(results: Sequence[QueryResult]) -> str:
+    """What the worst of the columns found first."""
+    result = min(results, key=lambda each: each.reciprocal_rank or 0.0)
+    for found in result.found:
+        if found.key not in result.expected:
+            return f"{_keys([found.key])} ({found.score:.2f}): {escape(found.snippet)}"
+    return "–"
+
+
+def _history(history: Sequence[Evaluation]) -> str:
+    newest: dict[str, list[Evaluation]] = {}
+    for evaluation in sorted(history, key=lambda each: each.evaluated_at, reverse=True):
+        of_column = newest.setdefault(evaluation.column_name, [])
+        if len(of_column) < HISTORY:
+            of_column.append(evaluation)
+    kept = sorted(
+        (each for of_column in newest.values() for each in of_column),
+        key=lambda each: (-each.evaluated_at.timestamp(), each.column_name),
+    )
+    rows = [
+        [
+            f"{evaluation.evaluated_at:%Y-%m-%d %H:%M}",
+            escape(evaluation.column_name),
+            escape(evaluation.model),
+            _figure(evaluation.mrr_at_5),
+            _figure(evaluation.hit_at_1),
+            _figure(evaluation.ndcg_at_10),
+            _figure(evaluation.index_recall),
+            str(evaluation.scored),
+            _percent(evaluation.coverage),
+            evaluation.golden_set_hash[:8],
+        ]
+        for evaluation in kept
+    ]
+    return "### History\n\n" + _table(
+        ["evaluated at", "column", "model", "MRR@5", "hit@1", "nDCG@10", "index recall",
+         "queries", "coverage", "golden set"],
+        rows,
+    )  # fmt: skip
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header)]
+    lines += [[*row, *[""] * (len(header) - len(row))] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _keys(keys: Sequence[Key]) -> str:
+    shown = [escape(show_key(key), 40) for key in keys[:3]]
+    return ", ".join(shown) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _rank(result: QueryResult | None) -> str:
+    if result is None or not result.scored:
+        return "–"
+    if result.rank is not None:
+        return str(result.rank)
+    return "pending" if result.pending else "> 10"
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _with_delta(value: float | None, baseline: float | None) -> str:
+    if value is None or baseline is None:
+        return _figure(value)
+    return f"{value:.3f} ({value - baseline:+.3f})"
+
+
+def _pair(low: float | None, high: float | None) -> str:
+    return "–" if low is None or high is None else f"{low:.1f} / {high:.1f}"
+
+
+def _percent(value: float | None) -> str:
+    """Rounded down: 99.99 % is not all of it."""
+    return "–" if value is None else f"{int(value * 1000) / 10:g} %"
