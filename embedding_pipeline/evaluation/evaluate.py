@@ -155,7 +155,7 @@ def _search_and_record(
         index_p95_ms=percentile([each.index_ms for each in by_index if each.index_ms], 95),
         coverage=prepared.coverage,
         recipe=column.embedding.recipe,
-        golden_set_hash=golden.content_hash,
+        golden_set_hash=golden.hash,
         partly_missing=sum(bool(rows.existing and rows.missing) for rows in expected),
         index=searcher.index.name,
         index_reason=searcher.index.reason,

@@ -34,7 +34,7 @@ class GoldenSet:
     path: Path | None = field(default=None, compare=False)
 
     @property
-    def content_hash(self) -> str:
+    def hash(self) -> str:
         """SHA-256 (hex) of what the set asks for; neither the order nor the layout matters."""
         lines = sorted(
             as_json([each.query, sorted(map(key_text, each.expected)), each.tenant])

@@ -15,29 +15,29 @@ _MARKUP = re.compile(r"([\\`*_\[\]|~$])")
 """What means something in the middle of a line, where escaped text always stands."""
 
 
-def retrieval_report(
+def quality_report(
     table: str,
     latest: Sequence[Evaluation],
-    *,
     baselines: Mapping[str, str] | None = None,
+    histories: Mapping[str, Sequence[Evaluation]] | None = None,
+    *,
     not_evaluated: Mapping[str, str] | None = None,
-    history: Sequence[Evaluation] = (),
     worst: int = WORST,
 ) -> str:
     """Columns by figures, the queries that went worst, and earlier evaluations.
 
     `latest` has the newest evaluation of each column, in the order of the report; `baselines`
-    maps a column to its baseline's column, `not_evaluated` a column without an evaluation to
-    the reason; `history` is any columns' evaluations, of which the newest ten of each are
-    shown. Users' texts are escaped: nothing in them is Markdown or HTML in the report.
+    maps a column to its baseline's column, `histories` a column to its evaluations, the newest
+    ten of which are shown, and `not_evaluated` a column without an evaluation to the reason.
+    Users' texts are escaped: nothing in them is Markdown or HTML in the report.
     """
     parts = [f"## Retrieval quality of {escape(table)}"]
     parts.append(_figures(latest, baselines or {}, not_evaluated or {}))
     parts.extend(_notes(latest))
     if latest:
         parts.append(_worst_queries(latest, worst))
-    if history:
-        parts.append(_history(history))
+    if any((histories or {}).values()):
+        parts.append(_history(histories or {}))
     return "\n\n".join(parts) + "\n"
 
 
@@ -180,16 +180,12 @@ def _instead(results: Sequence[QueryResult]) -> str:
     return "–"
 
 
-def _history(history: Sequence[Evaluation]) -> str:
-    newest: dict[str, list[Evaluation]] = {}
-    for evaluation in sorted(history, key=lambda each: each.evaluated_at, reverse=True):
-        of_column = newest.setdefault(evaluation.column_name, [])
-        if len(of_column) < HISTORY:
-            of_column.append(evaluation)
-    kept = sorted(
-        (each for of_column in newest.values() for each in of_column),
-        key=lambda each: (-each.evaluated_at.timestamp(), each.column_name),
-    )
+def _history(histories: Mapping[str, Sequence[Evaluation]]) -> str:
+    kept = [
+        evaluation
+        for evaluations in histories.values()
+        for evaluation in sorted(evaluations, key=_age)[:HISTORY]
+    ]
     rows = [
         [
             f"{evaluation.evaluated_at:%Y-%m-%d %H:%M}",
@@ -203,13 +199,17 @@ def _history(history: Sequence[Evaluation]) -> str:
             _percent(evaluation.coverage),
             evaluation.golden_set_hash[:8],
         ]
-        for evaluation in kept
+        for evaluation in sorted(kept, key=_age)
     ]
     return "### History\n\n" + _table(
         ["evaluated at", "column", "model", "MRR@5", "hit@1", "nDCG@10", "index recall",
          "queries", "coverage", "golden set"],
         rows,
     )  # fmt: skip
+
+
+def _age(evaluation: Evaluation) -> tuple[float, str]:
+    return -evaluation.evaluated_at.timestamp(), evaluation.column_name
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,7 +6,7 @@ from datetime import timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_pipeline.evaluation.report import escape, retrieval_report
+from embedding_pipeline.evaluation.report import escape, quality_report
 from embedding_pipeline_tests.evaluation.factories import evaluation, query_result
 
 
@@ -25,7 +25,7 @@ def test_figures_with_the_difference_to_the_baseline() -> None:
     new = evaluation([1, 1], column="new", index_recall=None, index_mrr_at_5=None,
                      index_p50_ms=None, index_p95_ms=None,
                      index_reason="new has no HNSW index")  # fmt: skip
-    report = retrieval_report("docs", [old, new], baselines={"new": "old"})
+    report = quality_report("docs", [old, new], baselines={"new": "old"})
     (figures, *_) = tables(report)
     assert figures[2][:6] == ["old", "a-model", "0.750", "0.500", "0.815", ""]
     assert figures[3][:5] == [
@@ -54,7 +54,7 @@ def test_worst_queries_show_ranks_and_what_was_found_instead() -> None:
         )
         for name in ("one", "two")
     ]
-    report = retrieval_report("docs", columns)
+    report = quality_report("docs", columns)
     _, worst = tables(report)
     assert [row[0] for row in worst[2:]] == ["lost", "waiting", "third (tenant acme)"]
     assert worst[2][1:4] == [r"a\|b", "> 10", "> 10"]
@@ -65,13 +65,13 @@ def test_worst_queries_show_ranks_and_what_was_found_instead() -> None:
 
 
 def test_a_report_of_nothing_but_reasons() -> None:
-    report = retrieval_report("docs", [], not_evaluated={"new": "not embedded | yet"})
+    report = quality_report("docs", [], not_evaluated={"new": "not embedded | yet"})
     (figures,) = tables(report)
     assert figures[2][:2] == ["new", r"not evaluated: not embedded \| yet"]
 
 
 def test_perfect_columns_have_no_worst_queries() -> None:
-    assert "None: every query finds" in retrieval_report("docs", [evaluation([1, 1])])
+    assert "None: every query finds" in quality_report("docs", [evaluation([1, 1])])
 
 
 def test_history_is_newest_first_and_short() -> None:
@@ -79,7 +79,7 @@ def test_history_is_newest_first_and_short() -> None:
     past = [
         evaluation([1], evaluated_at=first.evaluated_at + timedelta(days=day)) for day in range(15)
     ]
-    report = retrieval_report("docs", [past[-1]], history=past)
+    report = quality_report("docs", [past[-1]], histories={"a": past, "b": []})
     rows = tables(report)[-1][2:]
     assert len(rows) == 10
     assert rows[0][0] == "2026-03-15 12:30"
@@ -96,7 +96,7 @@ def test_long_text_is_cut_before_it_is_escaped() -> None:
 @given(st.text(), st.text(min_size=1))
 def test_no_text_breaks_a_table(snippet: str, query: str) -> None:
     column = evaluation(results=(query_result(query, 2, expected=(query,), snippet=snippet),))
-    for table in tables(retrieval_report("docs", [column], history=[column])):
+    for table in tables(quality_report("docs", [column], histories={"a": [column]})):
         assert len({len(row) for row in table}) == 1
     assert "\n" not in escape(snippet)
     assert not re.search(r"(?<!\\)(\\\\)*[`|*_\[\]~]", escape(snippet))
