@@ -32,7 +32,7 @@ REMEMBERED_VECTORS = 2048
 MOST_PASSES = 8
 """How often a run re-reads its partitions for rows that arrived or were locked meanwhile."""
 RECONNECT_SECONDS = 60.0
-PROGRESS_SECONDS = 5.0
+PROGRESS_SECONDS = 0.5
 REFUSALS_ALWAYS_ALLOWED = 20
 """Below this many a share says nothing: one bad row in a table of ten is 10 %."""
 

@@ -1,4 +1,4 @@
-"""Reading `defs/<table>/defs.yaml`: templates, types, and errors that name file, line and remedy."""
+"""Reading `defs/<table>/defs.yaml`: templates, types, and errors that name file and line."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -115,7 +115,8 @@ def _documents(path: Path) -> Iterator[_Document]:
                 if not isinstance(value, dict) or "type" not in value:
                     line = node.start_mark.line + 1
                     raise SpecError(
-                        f"{path}:{line}: a document needs `type: {COMPONENT_TYPE}` and `attributes:`"
+                        f"{path}:{line}: a document needs `type: {COMPONENT_TYPE}` and"
+                        " `attributes:`"
                     )
                 attributes = value.get("attributes") or {}
                 if value["type"] == COMPONENT_TYPE and not isinstance(attributes, dict):
@@ -225,7 +226,8 @@ def _explain(problem: Any, document: _Document) -> str:
     if problem["type"] == "extra_forbidden":
         known = _known_keys(problem["loc"])
         close = get_close_matches(str(location[-1]), known, n=1)
-        message = f"unknown key{f' (did you mean {close[0]!r}?)' if close else ''}; known: {', '.join(known)}"
+        guess = f" (did you mean {close[0]!r}?)" if close else ""
+        message = f"unknown key{guess}; known: {', '.join(known)}"
     elif problem["type"] == "missing":
         message = "is required; see the README, “Adding your own table”"
     elif problem["type"].startswith("union_tag"):

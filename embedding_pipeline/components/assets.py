@@ -1,5 +1,8 @@
 """Partitioned embedding assets, index assets and the evaluation asset of one table."""
 
+import time
+from collections.abc import Callable
+
 import dagster as dg
 from pydantic import Field
 
@@ -13,6 +16,12 @@ from embedding_pipeline.store.catalogue import bind_columns
 from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import connect, database_url
 from embedding_pipeline.store.pending import estimated_rows, partitions_in_data
+
+LOG_SECONDS = 5.0
+"""How often a run says in its log where it stands."""
+
+listeners: list[Callable[[Progress], None]] = []
+"""Who else follows the progress of runs in this process: the command line's bars."""
 
 COUNTED_ROWS = 200_000
 """Up to this size a run counts each partition's rows for `dagster/row_count`: a full scan."""
@@ -108,8 +117,15 @@ def embedding_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefi
         partitions.sort(key=lambda partition: order.get(partition, 0))
         url = database_url()
 
+        logged = time.monotonic()
+
         def progress(at: Progress) -> None:
-            context.log.info("%s.%s: %s", table.table, embedding.column, at)
+            nonlocal logged
+            for listener in listeners:
+                listener(at)
+            if at.remaining == 0 or time.monotonic() - logged >= LOG_SECONDS:
+                logged = time.monotonic()
+                context.log.info("%s.%s: %s", table.table, embedding.column, at)
 
         try:
             column = bind_column(table, embedding.column)

@@ -79,7 +79,7 @@ def decide(columns: Sequence[ColumnFacts], order: Sequence[str], rows_per_run: i
             continue
         free, why = _free(facts)
         reasons += why
-        requests += _ranges(facts.column, {k: facts.pending[k] for k in free}, order, rows_per_run)
+        requests += ranges(facts.column, {k: facts.pending[k] for k in free}, order, rows_per_run)
     return Decision(requests, reasons)
 
 
@@ -122,7 +122,7 @@ def _free(facts: ColumnFacts) -> tuple[list[str], list[str]]:
     return free, reasons
 
 
-def _ranges(
+def ranges(
     column: str, pending: Mapping[str, int], order: Sequence[str], rows_per_run: int
 ) -> list[Request]:
     """Split pending partitions into runs of neighbours of at most `rows_per_run` rows each."""

@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from embedding_pipeline.store.sqlfiles import read_sql
+from embedding_pipeline.store import sqlfiles
 
 FOLDER = Path(__file__).parent / "sample_rows"
 TABLES = ("bora_docs", "phrases", "lexicon", "knowledge_chunks")
@@ -28,7 +28,7 @@ def load_samples(
             known = connection.execute("SELECT to_regclass($1)", [table]).fetchone()
             if known != (None,):
                 continue
-            connection.execute(read_sql(f"sample/{table}.sql"))
+            connection.execute(sqlfiles.query(f"sample/{table}"))
             loaded[table] = _copy(connection, table)
         connection.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(table)))
         report(f"{table}: {loaded[table]} sample rows loaded")

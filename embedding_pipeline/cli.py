@@ -1,0 +1,574 @@
+"""`embedding-pipeline`: the command line.
+
+Heavy imports (Dagster, pandas, openai) wait until a command needs them, so that `--help` and
+`status` answer at once.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from embedding_pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from embedding_pipeline.main_job import ColumnResult
+    from embedding_pipeline.spec_files import TableFile
+
+CHECKS_FAILED, ERROR = 1, 2
+"""Exit codes: 0 all well, 1 a check failed, 2 something could not be done."""
+
+
+class _Group(click.Group):
+    """Shows our own errors as a message and exits with 2; anything else is a defect and raises."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PipelineError as error:
+            click.echo(f"embedding-pipeline: {error}", err=True)
+            ctx.exit(ERROR)
+        except KeyboardInterrupt:
+            click.echo("interrupted; what was finished is kept, run it again to go on", err=True)
+            ctx.exit(130)
+
+
+_tables = click.option(
+    "--table", "tables", multiple=True, metavar="TABLE", help="Only this table. Repeatable."
+)
+_columns = click.option(
+    "--column", "columns", multiple=True, metavar="COLUMN", help="Only this column. Repeatable."
+)
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 all well, 1 a check failed, 2 something could not be done. "
+    "Without DATABASE_URL everything runs on an embedded Postgres under .local/.",
+)
+@click.version_option(package_name="embedding-pipeline")
+def main() -> None:
+    """Keeps pgvector embedding columns complete, current and comparable.
+
+    \b
+    First steps:
+      embedding-pipeline run              the whole main job, headless
+      embedding-pipeline status           every column: rows, embedded, pending
+      embedding-pipeline dev              the Dagster UI, with sensors on
+    """
+
+
+@main.command()
+@_tables
+@_columns
+@click.option("--limit", type=click.IntRange(1), help="Embed at most this many rows a column.")
+@click.option("--batch", type=click.IntRange(1, 2048), help="Texts a request.")
+@click.option("--concurrency", type=click.IntRange(1, 256), help="Requests in flight.")
+@click.option(
+    "--sample-rows/--no-sample-rows",
+    default=None,
+    help="Make and fill the four sample tables where they are missing. "
+    "Default: on the embedded server only.",
+)
+def run(
+    tables: Sequence[str],
+    columns: Sequence[str],
+    limit: int | None,
+    batch: int | None,
+    concurrency: int | None,
+    sample_rows: bool | None,
+) -> None:
+    """The whole main job: schema, rows, every column, indexes, evaluation, checks.
+
+    Safe to repeat: it embeds what is pending and nothing else. Every step is a real Dagster run
+    and shows in the UI. Ends with a table; exits with 1 when a check failed.
+    """
+    from embedding_pipeline.spec_files import load_table_files
+
+    files = _files(load_table_files(), tables)
+    from embedding_pipeline import main_job
+    from embedding_pipeline.columns import select
+
+    chosen = select(files, tables, columns)
+    console = _console()
+    instance = main_job.use_project_instance()
+    main_job.prepare([file for file, _ in chosen], sample_rows, console.print)
+    job = _job()
+    config = _config(limit, batch, concurrency)
+    results: dict[tuple[str, str], ColumnResult] = {}
+    errors: list[str] = []
+    for file, embeddings in chosen:
+        for embedding in embeddings:
+            result = main_job.ColumnResult(file.spec.table, embedding.column)
+            results[result.table, result.column] = result
+            try:
+                column = main_job.bound_column(file, embedding)
+                pending = main_job.pending_partitions(instance, column, console.print)
+            except PipelineError as error:
+                result.errors.append(str(error))
+                continue
+            if pending:
+                with _Bar(console, str(column), sum(pending.values())) as bar:
+                    main_job.embed(
+                        instance, job, file, embedding, pending, config, result, bar.update
+                    )
+            else:
+                console.print(f"{column}: nothing pending")
+    for file, _ in chosen:
+        errors += main_job.evaluate_and_check(instance, job, file, results)
+    _closing_table(console, [file for file, _ in chosen], results)
+    errors += [f"{r.table}.{r.column}: {e}" for r in results.values() for e in r.errors]
+    failed = [f"{r.table}.{r.column}: {f}" for r in results.values() for f in r.failed_checks]
+    for warning in (f"{r.table}.{r.column}: {w}" for r in results.values() for w in r.warnings):
+        console.print(f"warning: {warning}")
+    for line in failed:
+        click.echo(f"check failed: {line}", err=True)
+    for line in errors:
+        click.echo(f"error: {line}", err=True)
+    sys.exit(ERROR if errors else CHECKS_FAILED if failed else 0)
+
+
+@main.command()
+@click.argument("table", required=False)
+@click.argument("column", required=False)
+@_tables
+@_columns
+@click.option(
+    "--partition",
+    "partitions",
+    multiple=True,
+    help="Only this partition, e.g. a tenant or 2025-03.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Embed at most this many rows.")
+@click.option("--batch", type=click.IntRange(1, 2048), help="Texts a request.")
+@click.option("--concurrency", type=click.IntRange(1, 256), help="Requests in flight.")
+@click.option("--max-cost", type=click.FloatRange(0, min_open=True), help="US dollars.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show rows, tokens, cost and three sample rows; touch nothing.",
+)
+def backfill(
+    table: str | None,
+    column: str | None,
+    tables: Sequence[str],
+    columns: Sequence[str],
+    partitions: Sequence[str],
+    limit: int | None,
+    batch: int | None,
+    concurrency: int | None,
+    max_cost: float | None,
+    dry_run: bool,
+) -> None:
+    """Embed what is pending, as a real Dagster run.
+
+    \b
+      embedding-pipeline backfill knowledge_chunks embedding_1536 --dry-run
+      embedding-pipeline backfill knowledge_chunks embedding_1536 --partition panaderia-del-sur
+      embedding-pipeline backfill --column embedding_1536 --limit 50
+    """
+    from embedding_pipeline import main_job
+    from embedding_pipeline.columns import select
+    from embedding_pipeline.spec_files import load_table_files
+
+    tables = [*([table] if table else []), *tables]
+    columns = [*([column] if column else []), *columns]
+    chosen = select(_files(load_table_files(), tables), tables, columns)
+    console = _console()
+    if dry_run:
+        for file, embeddings in chosen:
+            for embedding in embeddings:
+                _announce(console, main_job.bound_column(file, embedding), partitions, limit)
+        return
+    instance = main_job.use_project_instance()
+    job = _job()
+    config = _config(limit, batch, concurrency, max_cost)
+    failed = False
+    for file, embeddings in chosen:
+        for embedding in embeddings:
+            result = main_job.ColumnResult(file.spec.table, embedding.column)
+            bound = main_job.bound_column(file, embedding)
+            pending = main_job.pending_partitions(instance, bound, console.print)
+            if partitions:
+                _refuse_unknown(bound, instance, partitions)
+                pending = {key: n for key, n in pending.items() if key in partitions}
+            if not pending:
+                console.print(f"{bound}: nothing pending")
+                continue
+            total = min(sum(pending.values()), limit or sys.maxsize)
+            with _Bar(console, str(bound), total) as bar:
+                main_job.embed(instance, job, file, embedding, pending, config, result, bar.update)
+            console.print(
+                f"{bound}: {result.embedded:,} rows written, {result.tokens:,} tokens, "
+                f"${result.cost:.4f}"
+            )
+            for line in result.errors:
+                click.echo(f"error: {bound}: {line}", err=True)
+                failed = True
+    if failed:
+        sys.exit(ERROR)
+
+
+@main.command()
+@_tables
+@_columns
+@click.option("--json", "as_json", is_flag=True, help="A list of objects, one a column.")
+def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None:
+    """Every column: rows, embedded, pending, quarantined, ineligible. Counts every row."""
+    from embedding_pipeline.columns import select
+    from embedding_pipeline.spec_files import load_table_files
+    from embedding_pipeline.store.catalogue import bind_columns
+    from embedding_pipeline.store.connection import connect
+    from embedding_pipeline.store.pending import coverage
+
+    rows = []
+    with connect() as connection:
+        for file, embeddings in select(_files(load_table_files(), tables), tables, columns):
+            wanted = {embedding.column for embedding in embeddings}
+            for column in bind_columns(connection, file.spec):
+                if column.embedding.column not in wanted:
+                    continue
+                counts = coverage(connection, column)
+                rows.append(
+                    {
+                        "table": file.spec.table,
+                        "column": column.embedding.column,
+                        "model": column.embedding.model,
+                        "dimensions": column.embedding.dimensions,
+                        "rows": counts.rows,
+                        "embedded": counts.embedded,
+                        "pending": counts.pending.pending,
+                        "quarantined": counts.pending.quarantined,
+                        "ineligible": counts.ineligible,
+                    }
+                )
+    _print_rows(rows, as_json)
+
+
+@main.command()
+@_tables
+@_columns
+@click.option("--json", "as_json", is_flag=True, help="A list of objects, one a column.")
+def evaluate(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None:
+    """Evaluate the golden sets now and record the result. Query vectors are cached."""
+    from embedding_pipeline.columns import select
+    from embedding_pipeline.components.quality import evaluate_one, golden_set
+    from embedding_pipeline.spec_files import load_table_files
+    from embedding_pipeline.store.catalogue import bind_columns
+    from embedding_pipeline.store.connection import connect
+
+    rows = []
+    problems = []
+    with connect() as connection:
+        for file, embeddings in select(_files(load_table_files(), tables), tables, columns):
+            golden = golden_set(file)
+            if golden is None:
+                problems.append(f"{file.spec.table}: its YAML names no golden set")
+                continue
+            wanted = {embedding.column for embedding in embeddings}
+            for column in bind_columns(connection, file.spec):
+                if column.embedding.column not in wanted:
+                    continue
+                try:
+                    result = evaluate_one(connection, column, golden, None)
+                except PipelineError as error:
+                    problems.append(f"{column}: {error}")
+                    continue
+                rows.append(
+                    {
+                        "table": file.spec.table,
+                        "column": column.embedding.column,
+                        "model": result.model,
+                        "queries": result.queries,
+                        "mrr_at_5": result.mrr_at_5,
+                        "hit_at_1": result.hit_at_1,
+                        "ndcg_at_10": result.ndcg_at_10,
+                        "p50_ms": result.p50_ms,
+                        "p95_ms": result.p95_ms,
+                    }
+                )
+    _print_rows(rows, as_json)
+    for line in problems:
+        click.echo(f"error: {line}", err=True)
+    if problems:
+        sys.exit(ERROR)
+
+
+@main.command()
+@_tables
+@click.option("--dry-run", is_flag=True, help="Print exactly what would be executed.")
+@click.option(
+    "--accept-reembed",
+    is_flag=True,
+    help="Accept a changed text expression: the rows that it changes become pending.",
+)
+@click.option(
+    "--take-ownership",
+    is_flag=True,
+    help="Take columns over that another environment registered.",
+)
+@click.option(
+    "--file",
+    "sql_files",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Apply a SQL file of your own, once; several in the order given.",
+)
+def migrate(
+    tables: Sequence[str],
+    dry_run: bool,
+    accept_reembed: bool,
+    take_ownership: bool,
+    sql_files: Sequence[Path],
+) -> None:
+    """Bring the database to what the YAML says. Safe on a live table, and to repeat."""
+    from embedding_pipeline.columns import select
+    from embedding_pipeline.spec_files import load_table_files
+    from embedding_pipeline.store import migrate as migrations
+    from embedding_pipeline.store.connection import connect
+
+    with connect() as connection:
+        if sql_files:
+            migrations.apply_files(connection, sql_files, report=click.echo)
+            return
+        chosen = select(_files(load_table_files(), tables), tables, [])
+        specs = [file.spec for file, _ in chosen]
+        if dry_run:
+            statements = migrations.plan(
+                connection, specs, accept_reembed=accept_reembed, take_ownership=take_ownership
+            )
+            click.echo(migrations.render(statements))
+            return
+        statements = migrations.migrate(
+            connection,
+            specs,
+            report=click.echo,
+            accept_reembed=accept_reembed,
+            take_ownership=take_ownership,
+        )
+    click.echo(f"{len(statements)} statements executed" if statements else "nothing to do")
+
+
+@main.command("database-url")
+def database_url_command() -> None:
+    """Print the connection string in use, starting the embedded server if need be.
+
+    \b
+      psql "$(embedding-pipeline database-url)"
+    """
+    from embedding_pipeline.store.connection import database_url
+
+    click.echo(database_url())
+
+
+@main.command()
+@click.option("--port", default=3000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--sensors/--no-sensors", default=True, help="Start the sensors switched on.")
+def dev(port: int, host: str, sensors: bool) -> None:
+    """The Dagster UI, daemon and sensors on this machine, until Ctrl-C."""
+    from embedding_pipeline.dev import serve
+
+    sys.exit(serve(host, port, sensors))
+
+
+def _files(files: "list[TableFile]", tables: Sequence[str]) -> "list[TableFile]":  # noqa: ARG001
+    if not files:
+        raise PipelineError(
+            "no table is declared: add embedding_pipeline/defs/<table>/defs.yaml "
+            "(see the README, “Adding your own table”)"
+        )
+    return files
+
+
+def _job() -> Any:
+    from embedding_pipeline.definitions import defs
+
+    return defs().resolve_implicit_global_asset_job_def()
+
+
+def _config(
+    limit: int | None,
+    batch: int | None,
+    concurrency: int | None,
+    max_cost: float | None = None,
+) -> dict[str, int | float]:
+    values = {
+        "limit": limit,
+        "batch_size": batch,
+        "concurrency": concurrency,
+        "max_cost": max_cost,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(soft_wrap=True, highlight=False, markup=False)
+
+
+class _Bar:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: "Console", title: str, total: int) -> None:
+        self.console, self.title, self.total = console, title, total
+        self._progress: Any = None
+        self._task: Any = None
+        self._last = 0.0
+
+    def __enter__(self) -> "_Bar":
+        if self.console.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                console=self.console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(self.title, total=self.total, rate="")
+        else:
+            self.console.print(f"{self.title}: {self.total:,} rows pending")
+        return self
+
+    def update(self, at: Any) -> None:
+        import time
+
+        if self._progress is not None:
+            eta = f", {at.eta_seconds:.0f} s left" if at.eta_seconds is not None else ""
+            self._progress.update(self._task, completed=at.done, rate=f"{at.rate:,.0f} rows/s{eta}")
+        elif time.monotonic() - self._last > 5:
+            self._last = time.monotonic()
+            self.console.print(f"{self.title}: {at}")
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def _announce(
+    console: "Console", column: Any, partitions: Sequence[str], limit: int | None
+) -> None:
+    from embedding_pipeline.embed_column import forecast
+    from embedding_pipeline.store.connection import database_url
+
+    seen = forecast(database_url(), column, list(partitions) or None)
+    rows = min(seen.rows, limit or seen.rows)
+    share = rows / seen.rows if seen.rows else 0
+    console.print(
+        f"{column}: {rows:,} rows, about {seen.tokens * share:,.0f} tokens, "
+        f"${seen.cost * share:.4f} ({column.embedding.provider}, {column.embedding.model})"
+    )
+    for key, text in seen.samples:
+        shown = " ".join(text.split())
+        console.print(f"    {', '.join(key)}: {shown[:90]}{'…' if len(shown) > 90 else ''}")
+
+
+def _refuse_unknown(column: Any, instance: Any, partitions: Sequence[str]) -> None:
+    from embedding_pipeline.components import names
+
+    known = names.known_partitions(instance, column.table)
+    for key in partitions:
+        if key not in known:
+            some = ", ".join(known[:12]) + ("…" if len(known) > 12 else "")
+            raise PipelineError(f"{column.table.table} has no partition {key!r}; it has {some}")
+
+
+def _closing_table(
+    console: "Console",
+    files: "list[TableFile]",
+    results: "dict[tuple[str, str], ColumnResult]",
+) -> None:
+    from rich.table import Table
+
+    from embedding_pipeline.evaluation.history import latest
+    from embedding_pipeline.store.catalogue import bind_columns
+    from embedding_pipeline.store.connection import connect
+    from embedding_pipeline.store.pending import coverage
+
+    table = Table()
+    for title in (
+        "column",
+        "rows",
+        "embedded",
+        "pending",
+        "quarantined",
+        "tokens",
+        "cost",
+        "rows/s",
+        "MRR@5",
+        "hit@1",
+        "checks passed",
+    ):
+        table.add_column(title, justify="left" if title == "column" else "right")
+    with connect() as connection:
+        for file in files:
+            for column in bind_columns(connection, file.spec):
+                result = results.get((file.spec.table, column.embedding.column))
+                if result is None:
+                    continue
+                try:
+                    counts = coverage(connection, column)
+                except PipelineError:
+                    table.add_row(str(column), *["—"] * 10)
+                    continue
+                seen = latest(connection, column)
+                rate = result.embedded / result.seconds if result.seconds else None
+                table.add_row(
+                    str(column),
+                    f"{counts.rows:,}",
+                    f"{counts.embedded:,}",
+                    f"{counts.pending.pending:,}",
+                    f"{counts.pending.quarantined:,}",
+                    f"{result.tokens:,}",
+                    f"${result.cost:.4f}",
+                    f"{rate:,.0f}" if rate else "—",
+                    _figure(seen.mrr_at_5 if seen else None),
+                    _figure(seen.hit_at_1 if seen else None),
+                    f"{result.passed}/{result.checks}",
+                )
+    console.print(table, soft_wrap=not console.is_terminal)
+
+
+def _figure(value: float | None) -> str:
+    return "—" if value is None else f"{value:.3f}"
+
+
+def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
+        return
+    from rich.table import Table
+
+    table = Table()
+    for name in rows[0] if rows else []:
+        table.add_column(name.replace("_", " "), justify="left" if name in _TEXTS else "right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    _console().print(table)
+
+
+_TEXTS = {"table", "column", "model"}
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "—" if value is None else str(value)
+
+
+_Report = Callable[[str], None]
+
+if __name__ == "__main__":
+    main()
