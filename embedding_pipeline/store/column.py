@@ -6,7 +6,7 @@ because the planner uses the pending index only for the very expression that the
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from psycopg import sql
@@ -16,6 +16,36 @@ from embedding_pipeline.store import partitions
 
 BLANKS = "".join(char for char in map(chr, range(sys.maxunicode + 1)) if char.isspace())
 """Every character that `str.isspace` knows: a text of these alone is blank, in SQL as in Python."""
+
+
+@dataclass(frozen=True)
+class ColumnFacts:
+    """What the catalogue says of one column of a source table."""
+
+    name: str
+    type: str
+    """As `format_type` writes it, schema-qualified and quoted as needed."""
+    type_name: str
+    type_schema: str
+    modifier: int
+    """`atttypmod`: for pgvector's types the number of dimensions, -1 where none is declared."""
+    not_null: bool
+    generated: bool
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """A trigger of the user's that fires when a row is updated."""
+
+    name: str
+    definition: str
+    function: str
+    source: str
+    arguments: str
+    row: bool
+    before: bool
+    columns: tuple[str, ...]
+    """`UPDATE OF …`: fires only for these; empty for any."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +60,10 @@ class TableFacts:
     vector_schema: str
     """The schema that holds pgvector's types: `public`, or `extensions` at some hosts."""
     is_partitioned: bool = False
+    attributes: dict[str, ColumnFacts] = field(default_factory=dict)
+    update_triggers: tuple[Trigger, ...] = ()
+    owned: bool = True
+    """Whether our role may change the table's definition."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,271 @@
+"""Executing schema changes on a live table without standing in anybody's way.
+
+Two kinds of statement exist. One that needs an exclusive lock runs in a transaction of its own
+with `lock_timeout = 200ms`: everybody who comes after it in the table's lock queue waits for it,
+so it gives up quickly, lets them pass and tries again. One that runs CONCURRENTLY blocks nobody
+while it waits, so it waits as long as it takes, says for whom, and leaves an INVALID index when
+it fails, which the next plan drops.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import errors, sql
+from psycopg.rows import dict_row
+
+from embedding_pipeline.errors import SchemaError
+from embedding_pipeline.store import sqlfiles
+from embedding_pipeline.store.connection import connect
+
+Connection = psycopg.Connection[Any]
+Report = Callable[[str], None]
+
+LOCK_TIMEOUT_MS = 200
+"""The longest that a schema change may make others wait behind it."""
+
+PATIENCE_SECONDS = 60.0
+"""How long a schema change is tried again before the blocking session is reported as an error."""
+
+_TURN = 0x656D6264  # "embd": the class of our advisory locks
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One step of a migration, exactly as it is executed."""
+
+    sql: str
+    why: str
+    concurrently: bool = False
+    """Cannot run in a transaction; blocks neither readers nor writers."""
+    table: str = ""
+    """The source table that it concerns, for messages; empty for the project's own schema."""
+    table_oid: int | None = None
+
+
+def statement(
+    connection: Connection,
+    text: sql.Composable,
+    why: str,
+    *,
+    concurrently: bool = False,
+    table: str = "",
+    table_oid: int | None = None,
+) -> Statement:
+    """A composed statement as the text that is both printed and executed."""
+    return Statement(text.as_string(connection), why, concurrently, table, table_oid)
+
+
+def quiet(message: str) -> None:
+    """Report nothing."""
+
+
+def render(statements: Sequence[Statement]) -> str:
+    """The statements as a script for psql, in the very form in which they are executed."""
+    if not statements:
+        return "-- nothing to do\n"
+    parts = ["\\set ON_ERROR_STOP on\n"]
+    for step in statements:
+        comment = "\n".join(f"-- {line}" for line in step.why.splitlines())
+        if step.concurrently:
+            parts.append(f"{comment}\n{step.sql};\n")
+        else:
+            parts.append(
+                f"{comment}\nBEGIN;\nSET LOCAL lock_timeout = '{LOCK_TIMEOUT_MS}ms';\n"
+                f"{step.sql};\nCOMMIT;\n"
+            )
+    return "\n".join(parts)
+
+
+def execute(
+    connection: Connection,
+    step: Statement,
+    *,
+    report: Report = quiet,
+    patience: float = PATIENCE_SECONDS,
+) -> None:
+    """Execute one statement; SchemaError when it cannot be, naming whoever stands in the way."""
+    try:
+        if step.concurrently:
+            _execute_concurrently(connection, step, report)
+        else:
+            _execute_in_transaction(connection, step, report, patience)
+    except errors.InsufficientPrivilege as error:
+        raise SchemaError(
+            f"{step.table or 'the project schema'}: not allowed to {step.why}: "
+            f"{_primary(error)}. Print the statements with `embedding-pipeline migrate --dry-run` "
+            "and let the table's owner run them"
+        ) from None
+    except errors.DependentObjectsStillExist as error:
+        detail = (error.diag.message_detail or "").replace("\n", "; ")
+        raise SchemaError(
+            f"{step.table}: cannot {step.why}: {_primary(error)} ({detail}). Drop those first, or "
+            "use a new column"
+        ) from None
+
+
+def patiently(
+    connection: Connection,
+    action: Callable[[], None],
+    *,
+    what: str,
+    table_oid: int | None,
+    report: Report = quiet,
+    patience: float = PATIENCE_SECONDS,
+) -> None:
+    """Do something that runs under `lock_timeout`, again and again until it gets its lock."""
+    started = time.monotonic()
+    pause = 0.5
+    while True:
+        try:
+            action()
+            return
+        except (errors.LockNotAvailable, errors.DeadlockDetected) as error:
+            holders = lock_holders(connection, table_oid) if table_oid is not None else []
+            blocked = "; ".join(holders) or _primary(error)
+            if time.monotonic() - started + pause > patience:
+                raise SchemaError(
+                    f"gave up after {patience:.0f} s of trying to {what}; in the way: {blocked}. "
+                    "Let it end (or end it: SELECT pg_terminate_backend(<pid>)) and run this again"
+                ) from None
+            report(f"waiting to {what}: {blocked}")
+        time.sleep(pause)
+        pause = min(pause * 2, 5.0)
+
+
+def lock_holders(connection: Connection, table_oid: int) -> list[str]:
+    """Who holds a lock on a table, in words, oldest transaction first."""
+    with connection.cursor(row_factory=dict_row) as cursor:
+        rows = cursor.execute(sqlfiles.query("catalogue/lock_holders"), [table_oid]).fetchall()
+    return [_session(row) for row in rows[:5]]
+
+
+def _session(row: dict[str, Any]) -> str:
+    if row["pid"] is None:
+        return "a prepared transaction (see pg_prepared_xacts)"
+    who = "/".join(filter(None, (row["usename"], row["application_name"])))
+    age = f" for {row['seconds']:.0f} s" if row["seconds"] is not None else ""
+    query = " ".join((row["query"] or "").split())[:200]
+    return f"pid {row['pid']} ({who or 'unknown'}, {row['state'] or 'unknown'}{age}): {query}"
+
+
+def _execute_in_transaction(
+    connection: Connection, step: Statement, report: Report, patience: float
+) -> None:
+    def once() -> None:
+        with connection.transaction():
+            connection.execute(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}".encode())
+            connection.execute(step.sql.encode())
+
+    patiently(
+        connection,
+        once,
+        what=step.why,
+        table_oid=step.table_oid,
+        report=report,
+        patience=patience,
+    )
+
+
+def _execute_concurrently(connection: Connection, step: Statement, report: Report) -> None:
+    """Run it in a thread and watch it from a second connection, reporting progress and waits."""
+    connection.execute("SET lock_timeout = 0; SET statement_timeout = 0")
+    with sibling(connection) as watcher, ThreadPoolExecutor(1, "ddl") as pool:
+        pid = connection.info.backend_pid
+        running = pool.submit(connection.execute, step.sql.encode())
+        last = ""
+        try:
+            while True:
+                try:
+                    running.result(timeout=1.0)
+                    return
+                except NotYet:
+                    message = progress(watcher, pid)
+                    if message and message != last:
+                        report(f"{step.why}: {message}")
+                        last = message
+        except BaseException:
+            if not running.done():
+                connection.cancel_safe(timeout=5.0)
+            raise
+
+
+def progress(watcher: Connection, pid: int) -> str | None:
+    """What a session that builds or drops an index is doing, or for whom it waits."""
+    with watcher.cursor(row_factory=dict_row) as cursor:
+        row = cursor.execute(sqlfiles.query("catalogue/progress"), [pid]).fetchone()
+    if row is None:
+        return None
+    if row["blocker"] is not None:
+        return "waiting for " + _session(
+            {
+                "pid": row["blocker"],
+                "usename": row["usename"],
+                "application_name": row["application_name"],
+                "state": row["state"],
+                "seconds": row["seconds"],
+                "query": row["query"],
+            }
+        )
+    phase = row["phase"]
+    if phase is None:
+        return None
+    done, total = row["done"], row["total"]
+    return f"{phase}, {100 * done / total:.0f} %" if total else str(phase)
+
+
+@contextmanager
+def sibling(connection: Connection) -> Iterator[Connection]:
+    """A second connection to the same database as the same role."""
+    info = connection.info
+    with connect(info.dsn, password=info.password) as second:
+        yield second
+
+
+@contextmanager
+def turn(
+    connection: Connection,
+    subject: int,
+    what: str,
+    *,
+    report: Report = quiet,
+    patience: float = 3600.0,
+) -> Iterator[None]:
+    """One schema change at a time per table: two CONCURRENTLY builds on one table deadlock.
+
+    `subject` is the table's oid (0 for the project's own schema). The lock belongs to a
+    transaction of a second connection, so that it holds behind a transaction pooler too; it is
+    asked for with `pg_try_…`, because whoever waited inside a statement would hold a snapshot
+    that the other's CREATE INDEX CONCURRENTLY waits for in turn.
+    """
+    number = subject - (1 << 32) if subject >= 1 << 31 else subject
+    with sibling(connection) as keeper, keeper.transaction():
+        keeper.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+        started = time.monotonic()
+        told = False
+        while True:
+            # without bound parameters: an extended-protocol portal would keep its snapshot until
+            # the transaction ends, and CREATE INDEX CONCURRENTLY would wait for it for ever
+            row = keeper.execute(
+                sql.SQL("SELECT pg_try_advisory_xact_lock({}, {})").format(
+                    sql.Literal(_TURN), sql.Literal(number)
+                )
+            ).fetchone()
+            if row is not None and row[0]:
+                break
+            if time.monotonic() - started > patience:
+                raise SchemaError(f"gave up waiting for another schema change of {what}")
+            if not told:
+                report(f"waiting for another schema change of {what} to end")
+                told = True
+            time.sleep(0.2)
+        yield
+
+
+def _primary(error: psycopg.Error) -> str:
+    return error.diag.message_primary or str(error).strip()
