@@ -26,6 +26,7 @@ class OpenAIWire:
         self._dimensions = dimensions
         self._client: AsyncOpenAI | None = None
         self._endpoint: Endpoint | None = None
+        self._proven = False
 
     async def open(self, endpoint: Endpoint) -> Endpoint:
         """Build the client; this dialect has no request that costs nothing and tells the model."""
@@ -108,7 +109,10 @@ class OpenAIWire:
                 if isinstance(embedding, list)
                 else responses.decode_base64(endpoint, embedding)
             )
-        vectors = responses.check_vectors(endpoint, self._model, rows, self._dimensions)
+        vectors = responses.check_vectors(
+            endpoint, self._model, rows, self._dimensions, proven=self._proven
+        )
+        self._proven = True
         usage = parsed.get("usage")
         tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
         return Answer(vectors, tokens if type(tokens) is int and tokens >= 0 else None, headers)

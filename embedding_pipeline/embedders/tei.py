@@ -23,6 +23,7 @@ class TeiWire:
         self._dimensions = dimensions
         self._session: aiohttp.ClientSession | None = None
         self._endpoint: Endpoint | None = None
+        self._proven = False
 
     async def open(self, endpoint: Endpoint) -> Endpoint:
         """Ask `/info` whether this is the model, and how much it takes."""
@@ -42,7 +43,7 @@ class TeiWire:
         info = responses.parse_json(endpoint, body)
         if not isinstance(info, dict) or "model_id" not in info:
             raise GlobalError(
-                f"{endpoint.name} at {endpoint.base_url} answers /info without a model_id; "
+                f"{endpoint.name} at {endpoint.address} answers /info without a model_id; "
                 "it is not a TEI server, mend the address"
             )
         responses.check_model(endpoint, self._model, info["model_id"])
@@ -65,7 +66,10 @@ class TeiWire:
                 cause="response",
             )
         responses.check_count(self._endpoint, len(rows), len(texts))
-        vectors = responses.check_vectors(self._endpoint, self._model, rows, self._dimensions)
+        vectors = responses.check_vectors(
+            self._endpoint, self._model, rows, self._dimensions, proven=self._proven
+        )
+        self._proven = True
         counted = headers.get("x-compute-tokens", "")
         return Answer(vectors, int(counted) if counted.isdecimal() else None, headers)
 
@@ -95,7 +99,7 @@ class TeiWire:
                 headers = {name.lower(): value for name, value in response.headers.items()}
                 status = response.status
         except (aiohttp.ClientError, OSError) as error:  # OSError: also TimeoutError
-            raise transport_error(endpoint, error) from error
+            raise transport_error(endpoint, error) from None
         if not 200 <= status < 300:
             raise responses.error_for_status(endpoint, self._model, status, headers, content)
         return headers, content
