@@ -9,7 +9,7 @@ import psycopg
 from psycopg import sql
 
 from embedding_pipeline.embedders import Embedder, EmbedResult
-from embedding_pipeline.evaluation.nearest import Vector, vector_literal
+from embedding_pipeline.evaluation.nearest import vector_literal
 from embedding_pipeline.spec import EmbeddingSpec, TableSpec
 from embedding_pipeline.store.catalogue import bind_columns
 from embedding_pipeline.store.column import Column
@@ -126,8 +126,5 @@ def random_unit(
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Unit vectors in random directions, shape (count, dimensions)."""
     drawn = np.random.default_rng(seed).normal(size=(count, dimensions))
-    return (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
-
-
-def as_vector(values: Sequence[float]) -> Vector:
-    return np.array(values, dtype=np.float32)
+    unit = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+    return np.asarray(unit, dtype=np.float32)

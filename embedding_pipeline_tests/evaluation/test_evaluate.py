@@ -250,7 +250,9 @@ def test_an_empty_column_is_not_evaluated(connection: Connection) -> None:
 
 def test_a_dead_provider_leaves_no_figure_behind(connection: Connection, column: Column) -> None:
     dead = ScriptedEmbedder(QUERIES, error=TransientError("connection refused"))
-    with pytest.raises(EvaluationError, match="not evaluated: docs.embedding: connection refused"):
+    with pytest.raises(
+        EvaluationError, match=r"not evaluated: docs\.embedding: connection refused"
+    ):
         evaluate(connection, column, EASY, dead)
     assert latest(connection, column) is None
 
@@ -271,7 +273,7 @@ def test_pending_rows_count_into_coverage_and_are_named(
 def test_rows_equally_near_come_in_the_order_of_their_keys(
     connection: Connection, column: Column
 ) -> None:
-    fill(connection, column, dict.fromkeys(TEXTS, [1.0, 0.0, 0.0]))
+    fill(connection, column, {text: [1.0, 0.0, 0.0] for text in TEXTS})
     build_index(connection, column)
     found = evaluate(connection, column, golden(("query 0", [2]), ("query 1", [15])))
     assert [row.key for row in found.results[0].found] == [(0,), (1,), (2,)]
@@ -365,7 +367,7 @@ def test_a_key_or_tenant_that_cannot_be_one_names_its_line(
 
 
 def test_pgvector_may_live_in_another_schema(connection: Connection) -> None:
-    connection.execute("CREATE SCHEMA extensions; CREATE EXTENSION vector SCHEMA extensions")
+    connection.execute("CREATE SCHEMA extensions; ALTER EXTENSION vector SET SCHEMA extensions")
     column = make_table(connection, spec(), "CREATE TABLE docs (id bigint PRIMARY KEY, body text)")
     assert column.facts.vector_schema == "extensions"
     connection.execute("INSERT INTO docs SELECT n, 'text ' || n FROM generate_series(0, 19) AS n")

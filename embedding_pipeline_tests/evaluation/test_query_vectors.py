@@ -104,7 +104,7 @@ def test_what_arrived_before_a_failure_is_kept(connection: Connection, column: C
         done=np.array([True, False]),
     )
     embedder = ScriptedEmbedder(VECTORS, error=error)
-    with pytest.raises(EvaluationError, match="^not evaluated: .*the server is gone"):
+    with pytest.raises(EvaluationError, match=r"^not evaluated: .*the server is gone"):
         ask(connection, column, ["a", "b"], embedder)
     assert embedder.closed == 1
     assert list(read_cached(connection, column.embedding.recipe, 3, ["a", "b"])) == ["a"]

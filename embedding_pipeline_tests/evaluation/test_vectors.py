@@ -60,7 +60,7 @@ def test_norms_are_reported_and_no_failure(connection: Connection, column: Colum
 
 
 def test_a_constant_provider_fails(connection: Connection, column: Column) -> None:
-    fill(connection, column, dict.fromkeys(TEXTS, [1.0, 0.0, 0.0]))
+    fill(connection, column, {text: [1.0, 0.0, 0.0] for text in TEXTS})
     found = vectors_valid(connection, column)
     assert (found.identical, found.identical_share) == (100, 1.0)
     assert found.identical_keys == ((0,), (1,), (2,), (3,), (4,))
@@ -123,7 +123,7 @@ def test_an_empty_column_has_no_valid_vectors(connection: Connection) -> None:
 
 
 def test_composite_keys_and_pgvector_elsewhere(connection: Connection) -> None:
-    connection.execute("CREATE SCHEMA extensions; CREATE EXTENSION vector SCHEMA extensions")
+    connection.execute("CREATE SCHEMA extensions; ALTER EXTENSION vector SET SCHEMA extensions")
     column = make_table(
         connection,
         spec(id_column=["k", "key"], text="digest"),
