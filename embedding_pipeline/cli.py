@@ -411,7 +411,9 @@ def _config(
 def _console() -> "Console":
     from rich.console import Console
 
-    return Console(soft_wrap=True, highlight=False, markup=False)
+    # elsewhere than on a terminal, lines are for a file: never wrapped
+    width = None if sys.stdout.isatty() else 240
+    return Console(width=width, soft_wrap=True, highlight=False, markup=False)
 
 
 class _Bar:
@@ -536,7 +538,7 @@ def _closing_table(
                     _figure(seen.hit_at_1 if seen else None),
                     f"{result.passed}/{result.checks}",
                 )
-    console.print(table, soft_wrap=not console.is_terminal)
+    console.print(table)
 
 
 def _figure(value: float | None) -> str:

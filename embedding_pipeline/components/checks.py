@@ -106,7 +106,7 @@ def _check(
         try:
             column = bind_column(file.spec, embedding.column)
             with connect() as connection:
-                verdict = measure(connection, column, thorough, context.run_id)
+                verdict = measure(connection, column, thorough, context.run.run_id)
         except PipelineError as error:
             verdict = not_evaluated(str(error))
         except psycopg.Error as error:

@@ -327,7 +327,7 @@ class _Server:
                 # word (measured on 18).
                 *("--locale-provider", "builtin", "--builtin-locale", "C.UTF-8"),
                 *("--locale", "C", "--lc-ctype", _character_type()),
-                *("--text-search-config", "pg_catalog.simple"),
+                *("--text-search-config", "simple"),
             ],
             cwd=self.directory,
             env=_environment(),
