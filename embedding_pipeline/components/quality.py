@@ -35,11 +35,7 @@ def evaluate_one(
 ) -> Evaluation:
     """Evaluate one column now and record it."""
     verify(connection, column, load_settings().embedding_pipeline_environment)
-    return asyncio.run(
-        evaluate_column(
-            connection, column, golden, lambda: make_embedder(column.embedding), run_id=run_id
-        )
-    )
+    return asyncio.run(evaluate_column(connection, column, golden, make_embedder, run_id=run_id))
 
 
 def evaluation_of_run(
