@@ -388,8 +388,12 @@ def _files(files: "list[TableFile]", tables: Sequence[str]) -> "list[TableFile]"
 
 
 def _job() -> Any:
-    from embedding_pipeline.definitions import defs
+    import os
 
+    from embedding_pipeline.definitions import CONSOLE_VARIABLE, defs
+
+    # the runs' own logs are for the UI; here the bars and the closing table speak
+    os.environ.setdefault(CONSOLE_VARIABLE, "CRITICAL")
     return defs().resolve_implicit_global_asset_job_def()
 
 

@@ -189,13 +189,12 @@ def _execute(
     on_progress: Callable[[Progress], None] | None = None,
 ) -> dg.ExecuteInProcessResult:
     subset = job.get_subset(asset_selection=set(assets), asset_check_selection=set(checks))
-    quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
     if on_progress is not None:
         listeners.append(on_progress)
     try:
         return subset.execute_in_process(
             instance=instance,
-            run_config={**run_config, **quiet},
+            run_config=run_config,
             tags=tags,
             raise_on_error=False,
         )
