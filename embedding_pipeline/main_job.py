@@ -16,7 +16,7 @@ from embedding_pipeline.components.assets import listeners
 from embedding_pipeline.components.decide import ColumnFacts, dead_leases, ranges
 from embedding_pipeline.components.sensor import quality_checks, reap
 from embedding_pipeline.settings import PROJECT_ROOT, load_settings
-from embedding_pipeline.spec import EmbeddingSpec
+from embedding_pipeline.spec import EmbeddingSpec, dagster_name
 from embedding_pipeline.spec_files import TableFile
 from embedding_pipeline.store.catalogue import bind_columns
 from embedding_pipeline.store.column import Column
@@ -116,7 +116,7 @@ def embed(
             {
                 **names.range_tags(request.partitions[0], request.partitions[-1]),
                 names.TABLE_TAG: table.asset_name,
-                names.COLUMN_TAG: embedding.column,
+                names.COLUMN_TAG: dagster_name(embedding.column),
             },
             {"ops": {key.to_python_identifier(): {"config": run_config}}} if run_config else {},
             on_progress,

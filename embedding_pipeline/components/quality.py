@@ -81,7 +81,7 @@ def evaluate_table(
         raise next(iter(problems.values()))
     baselines = {item.column: item.baseline for item in file.spec.embeddings if item.baseline}
     report = quality_report(file.spec.table, evaluations, baselines, histories)
-    for name, error in problems.items():
-        report += f"\n\n**`{name}`**: {error}"
+    for name, problem in problems.items():
+        report += f"\n\n**`{name}`**: {problem}"
     metadata["report"] = dg.MetadataValue.md(report)
     return metadata
