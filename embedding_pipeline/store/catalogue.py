@@ -15,7 +15,7 @@ from psycopg.rows import dict_row
 
 from embedding_pipeline.errors import SchemaError
 from embedding_pipeline.spec import HashPartitions, MonthPartitions, TableSpec
-from embedding_pipeline.store import sqlfiles
+from embedding_pipeline.store import expressions, sqlfiles
 from embedding_pipeline.store.column import Column, ColumnFacts, TableFacts, Trigger
 
 Connection = psycopg.Connection[Any]
@@ -51,8 +51,6 @@ def describe_table(
     facts = _facts(connection, table, vector_schema)
     bound = [Column(table, embedding, facts) for embedding in table.embeddings]
     if check_expressions:
-        from embedding_pipeline.store import expressions
-
         expressions.check(connection, bound)
     return facts
 
@@ -74,7 +72,8 @@ def _facts(connection: Connection, table: TableSpec, vector_schema: str | None) 
     quoted = sql.Identifier(*filter(None, (name.schema, name.name))).as_string(connection)
     with connection.cursor(row_factory=dict_row) as cursor:
         row = cursor.execute(sqlfiles.query("catalogue/table"), [quoted]).fetchone()
-    if row is None:
+    # Postgres cuts a name that is too long, and may then find another table
+    if row is None or row["name"] != name.name:
         raise SchemaError(_missing_table(connection, table))
     title = f"table {table.table}"
     if row["encoding"] != "UTF8":

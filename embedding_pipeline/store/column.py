@@ -17,6 +17,9 @@ from embedding_pipeline.store import partitions
 BLANKS = "".join(char for char in map(chr, range(sys.maxunicode + 1)) if char.isspace())
 """Every character that `str.isspace` knows: a text of these alone is blank, in SQL as in Python."""
 
+BLANKS_SQL = sql.SQL("E'" + "".join(f"\\u{ord(char):04x}" for char in BLANKS) + "'")  # type: ignore[arg-type]
+"""`BLANKS` in ASCII: a printed script must survive an editor that mends line endings."""
+
 
 @dataclass(frozen=True)
 class ColumnFacts:
@@ -126,7 +129,7 @@ class Column:
     def eligible(self) -> sql.Composable:
         """True for a row that should have a vector; NULL counts as false."""
         not_blank = sql.SQL("btrim(({text})::text, {blanks}) <> ''").format(
-            text=self.text, blanks=sql.Literal(BLANKS)
+            text=self.text, blanks=BLANKS_SQL
         )
         if self.table.eligible is None:
             return not_blank

@@ -3,15 +3,19 @@
 Two kinds of statement exist. One that needs an exclusive lock runs in a transaction of its own
 with `lock_timeout = 200ms`: everybody who comes after it in the table's lock queue waits for it,
 so it gives up quickly, lets them pass and tries again. One that runs CONCURRENTLY blocks nobody
-while it waits, so it waits as long as it takes, says for whom, and leaves an INVALID index when
-it fails, which the next plan drops.
+while it waits, so it waits as long as it takes and says for whom.
+
+What holds behind a transaction pooler: `SET LOCAL` inside the transactions, and the lock of
+`turn`, which belongs to a transaction too. CONCURRENTLY cannot run in a transaction, so the
+settings for it (`session_settings`) are the session's and may not reach it there; they only make
+it slower, or let a `statement_timeout` of the role cancel it.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,19 +50,12 @@ class Statement:
     table: str = ""
     """The source table that it concerns, for messages; empty for the project's own schema."""
     table_oid: int | None = None
-
-
-def statement(
-    connection: Connection,
-    text: sql.Composable,
-    why: str,
-    *,
-    concurrently: bool = False,
-    table: str = "",
-    table_oid: int | None = None,
-) -> Statement:
-    """A composed statement as the text that is both printed and executed."""
-    return Statement(text.as_string(connection), why, concurrently, table, table_oid)
+    lock_timeout_ms: int | None = LOCK_TIMEOUT_MS
+    """In a transaction: the longest wait for a lock; None where it waits as long as it takes."""
+    undo: str | None = None
+    """What removes the INVALID index that a failed CREATE INDEX CONCURRENTLY leaves behind."""
+    advice: str = ""
+    """What to do when Postgres refuses it."""
 
 
 def quiet(message: str) -> None:
@@ -75,8 +72,9 @@ def render(statements: Sequence[Statement]) -> str:
         if step.concurrently:
             parts.append(f"{comment}\n{step.sql};\n")
         else:
+            timeout = f"SET LOCAL lock_timeout = {step.lock_timeout_ms};\n"
             parts.append(
-                f"{comment}\nBEGIN;\nSET LOCAL lock_timeout = '{LOCK_TIMEOUT_MS}ms';\n"
+                f"{comment}\nBEGIN;\n{timeout if step.lock_timeout_ms else ''}"
                 f"{step.sql};\nCOMMIT;\n"
             )
     return "\n".join(parts)
@@ -89,23 +87,39 @@ def execute(
     report: Report = quiet,
     patience: float = PATIENCE_SECONDS,
 ) -> None:
-    """Execute one statement; SchemaError when it cannot be, naming whoever stands in the way."""
+    """Execute one statement on a connection in autocommit mode.
+
+    SchemaError when it cannot be, naming whoever stands in the way. DeadlockDetected is passed
+    on: the caller looks at the catalogue again and goes on from there.
+    """
     try:
         if step.concurrently:
             _execute_concurrently(connection, step, report)
         else:
             _execute_in_transaction(connection, step, report, patience)
+    except errors.DeadlockDetected:
+        raise
     except errors.InsufficientPrivilege as error:
         raise SchemaError(
             f"{step.table or 'the project schema'}: not allowed to {step.why}: "
-            f"{_primary(error)}. Print the statements with `embedding-pipeline migrate --dry-run` "
-            "and let the table's owner run them"
+            f"{primary(error)}. Print the statements with `embedding-pipeline migrate --dry-run` "
+            "and let the owner of the table (or of the database) run them"
         ) from None
     except errors.DependentObjectsStillExist as error:
         detail = (error.diag.message_detail or "").replace("\n", "; ")
         raise SchemaError(
-            f"{step.table}: cannot {step.why}: {_primary(error)} ({detail}). Drop those first, or "
+            f"{step.table}: cannot {step.why}: {primary(error)} ({detail}). Drop those first, or "
             "use a new column"
+        ) from None
+    except psycopg.OperationalError as error:
+        raise SchemaError(
+            f"{step.table or 'the project schema'}: cannot {step.why}: {primary(error)}. "
+            "Run this again: it goes on where it stopped"
+        ) from None
+    except psycopg.DatabaseError as error:
+        raise SchemaError(
+            f"{step.table or 'the project schema'}: cannot {step.why}: {primary(error)}"
+            f"{f'. {step.advice}' if step.advice else ''}"
         ) from None
 
 
@@ -118,16 +132,19 @@ def patiently(
     report: Report = quiet,
     patience: float = PATIENCE_SECONDS,
 ) -> None:
-    """Do something that runs under `lock_timeout`, again and again until it gets its lock."""
+    """Do something that runs under `lock_timeout`, again and again until it gets its lock.
+
+    The pauses are longer than the timeout, so that a busy table is free most of the time.
+    """
     started = time.monotonic()
     pause = 0.5
     while True:
         try:
             action()
             return
-        except (errors.LockNotAvailable, errors.DeadlockDetected) as error:
+        except errors.LockNotAvailable as error:
             holders = lock_holders(connection, table_oid) if table_oid is not None else []
-            blocked = "; ".join(holders) or _primary(error)
+            blocked = "; ".join(holders) or primary(error)
             if time.monotonic() - started + pause > patience:
                 raise SchemaError(
                     f"gave up after {patience:.0f} s of trying to {what}; in the way: {blocked}. "
@@ -145,7 +162,7 @@ def lock_holders(connection: Connection, table_oid: int) -> list[str]:
     return [_session(row) for row in rows[:5]]
 
 
-def _session(row: dict[str, Any]) -> str:
+def _session(row: Mapping[str, Any]) -> str:
     if row["pid"] is None:
         return "a prepared transaction (see pg_prepared_xacts)"
     who = "/".join(filter(None, (row["usename"], row["application_name"])))
@@ -159,7 +176,8 @@ def _execute_in_transaction(
 ) -> None:
     def once() -> None:
         with connection.transaction():
-            connection.execute(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}".encode())
+            if step.lock_timeout_ms:
+                connection.execute(f"SET LOCAL lock_timeout = {step.lock_timeout_ms}".encode())
             connection.execute(step.sql.encode())
 
     patiently(
@@ -173,12 +191,27 @@ def _execute_in_transaction(
 
 
 def _execute_concurrently(connection: Connection, step: Statement, report: Report) -> None:
-    """Run it in a thread and watch it from a second connection, reporting progress and waits."""
-    connection.execute("SET lock_timeout = 0; SET statement_timeout = 0")
+    with session_settings(connection, {"lock_timeout": "0", "statement_timeout": "0"}):
+        try:
+            _watch(connection, step, report)
+        except psycopg.DatabaseError:
+            # An invalid index is still maintained: one whose expression fails for some row would
+            # make the user's own INSERT fail.
+            if step.undo is not None and not connection.closed:
+                with suppress(psycopg.DatabaseError):
+                    connection.execute(step.undo.encode())
+            raise
+
+
+def _watch(connection: Connection, step: Statement, report: Report) -> None:
+    """Run it in a thread; meanwhile say, from a second connection, how far it is and who waits."""
+    # asked of the server: a pooler makes up the number that the protocol reports
+    row = connection.execute(b"SELECT pg_backend_pid()").fetchone()
+    assert row is not None
+    pid: int = row[0]
     with sibling(connection) as watcher, ThreadPoolExecutor(1, "ddl") as pool:
-        pid = connection.info.backend_pid
         running = pool.submit(connection.execute, step.sql.encode())
-        last = ""
+        told = ""
         try:
             while True:
                 try:
@@ -186,9 +219,9 @@ def _execute_concurrently(connection: Connection, step: Statement, report: Repor
                     return
                 except NotYet:
                     message = progress(watcher, pid)
-                    if message and message != last:
+                    if message and message != told:
                         report(f"{step.why}: {message}")
-                        last = message
+                        told = message
         except BaseException:
             if not running.done():
                 connection.cancel_safe(timeout=5.0)
@@ -196,27 +229,41 @@ def _execute_concurrently(connection: Connection, step: Statement, report: Repor
 
 
 def progress(watcher: Connection, pid: int) -> str | None:
-    """What a session that builds or drops an index is doing, or for whom it waits."""
+    """What a session that builds, rebuilds or drops an index is doing, or for whom it waits."""
     with watcher.cursor(row_factory=dict_row) as cursor:
         row = cursor.execute(sqlfiles.query("catalogue/progress"), [pid]).fetchone()
     if row is None:
         return None
-    if row["blocker"] is not None:
-        return "waiting for " + _session(
-            {
-                "pid": row["blocker"],
-                "usename": row["usename"],
-                "application_name": row["application_name"],
-                "state": row["state"],
-                "seconds": row["seconds"],
-                "query": row["query"],
-            }
-        )
-    phase = row["phase"]
-    if phase is None:
+    if row["pid"] is not None:
+        # without its age: the message is repeated only when it changes
+        return "waiting for " + _session(row | {"seconds": None})
+    if row["phase"] is None:
         return None
     done, total = row["done"], row["total"]
-    return f"{phase}, {100 * done / total:.0f} %" if total else str(phase)
+    return f"{row['phase']}, {100 * done / total:.0f} %" if total else str(row["phase"])
+
+
+@contextmanager
+def session_settings(connection: Connection, wanted: Mapping[str, str]) -> Iterator[None]:
+    """Settings of the session, for statements that no transaction may enclose; put back after.
+
+    Only those that differ are touched, so that nothing is left behind in a pooler's connection
+    without need.
+    """
+    changed = []
+    for name, value in wanted.items():
+        row = connection.execute(
+            "SELECT setting, current_setting(name) FROM pg_settings WHERE name = $1", [name]
+        ).fetchone()
+        if row is not None and value not in row:
+            connection.execute("SELECT set_config($1, $2, false)", [name, value])
+            changed.append((name, row[1]))
+    try:
+        yield
+    finally:
+        if not connection.closed:
+            for name, value in changed:
+                connection.execute("SELECT set_config($1, $2, false)", [name, value])
 
 
 @contextmanager
@@ -246,20 +293,21 @@ def turn(
     number = subject - (1 << 32) if subject >= 1 << 31 else subject
     with sibling(connection) as keeper, keeper.transaction():
         keeper.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+        # Without bound parameters: an extended-protocol portal would keep its snapshot until the
+        # transaction ends, and CREATE INDEX CONCURRENTLY would wait for it for ever.
+        ask = sql.SQL("SELECT pg_try_advisory_xact_lock({}, {})").format(
+            sql.Literal(_TURN), sql.Literal(number)
+        )
         started = time.monotonic()
         told = False
         while True:
-            # without bound parameters: an extended-protocol portal would keep its snapshot until
-            # the transaction ends, and CREATE INDEX CONCURRENTLY would wait for it for ever
-            row = keeper.execute(
-                sql.SQL("SELECT pg_try_advisory_xact_lock({}, {})").format(
-                    sql.Literal(_TURN), sql.Literal(number)
-                )
-            ).fetchone()
+            row = keeper.execute(ask).fetchone()
             if row is not None and row[0]:
                 break
             if time.monotonic() - started > patience:
-                raise SchemaError(f"gave up waiting for another schema change of {what}")
+                raise SchemaError(
+                    f"gave up after {patience:.0f} s: another schema change of {what} does not end"
+                )
             if not told:
                 report(f"waiting for another schema change of {what} to end")
                 told = True
@@ -267,5 +315,6 @@ def turn(
         yield
 
 
-def _primary(error: psycopg.Error) -> str:
+def primary(error: psycopg.Error) -> str:
+    """The message without its context lines."""
     return error.diag.message_primary or str(error).strip()

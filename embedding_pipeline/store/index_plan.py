@@ -18,10 +18,16 @@ from embedding_pipeline.errors import SchemaError
 from embedding_pipeline.spec import short_name
 from embedding_pipeline.store import sqlfiles
 from embedding_pipeline.store.column import Column
-from embedding_pipeline.store.ddl import Statement, statement
-from embedding_pipeline.store.expressions import clone
+from embedding_pipeline.store.ddl import Statement
+from embedding_pipeline.store.expressions import build_on_clone, clone
 
 Connection = psycopg.Connection[Any]
+
+
+_PENDING_ADVICE = (
+    "text or eligible fails for a row of the table. They stand in an index, so they have to give "
+    "a text or NULL for every row; the unfinished index was dropped"
+)
 
 
 class BusyError(SchemaError):
@@ -88,8 +94,8 @@ class Wanted:
             self.file,
             name=sql.Identifier(name),
             table=table,
-            concurrently=sql.SQL("CONCURRENTLY" if concurrently else ""),
-            only=sql.SQL("ONLY" if only else ""),
+            concurrently=sql.SQL("CONCURRENTLY " if concurrently else ""),
+            only=sql.SQL("ONLY " if only else ""),
             **self.values,
         )
 
@@ -123,9 +129,10 @@ def existing_indexes(connection: Connection, table_oid: int) -> list[Existing]:
     ]
 
 
-def wanted_hnsw(column: Column) -> Wanted:
+def wanted_hnsw(connection: Connection, column: Column) -> Wanted:
     """The HNSW index by cosine distance."""
-    (key,) = (column.vector.as_string(None),)
+    row = connection.execute(b"SELECT quote_ident($1)", [column.embedding.column]).fetchone()
+    assert row is not None
     return Wanted(
         column=column,
         suffix="hnsw",
@@ -136,7 +143,7 @@ def wanted_hnsw(column: Column) -> Wanted:
             "operator_class": sql.Identifier(column.facts.vector_schema, "vector_cosine_ops"),
         },
         marker=column.embedding.column,
-        signature=Signature("hnsw", (key,), ("vector_cosine_ops",), (None,), None),
+        signature=Signature("hnsw", (row[0],), ("vector_cosine_ops",), (None,), None),
     )
 
 
@@ -144,44 +151,31 @@ def wanted_queues(connection: Connection, columns: Sequence[Column]) -> list[Wan
     """The pending index of each column, and the fingerprint index where `reuse` asks for one.
 
     How the catalogue will write their definitions is found out on an empty temporary clone.
+    Raises SchemaError when an expression cannot stand in an index.
     """
-    drafts = []
+    drafts: list[tuple[Column, str, str, str, dict[str, sql.Composable]]] = []
     for column in columns:
-        drafts.append(
-            (
-                column,
-                "pending",
-                column.pending_index,
-                "index/pending",
-                {
-                    "partition": column.partition_index_expression,
-                    "keys": column.keys,
-                    "pending": column.pending,
-                },
-            )
-        )
+        values = {
+            "partition": column.partition_index_expression,
+            "keys": column.keys,
+            "pending": column.pending,
+        }
+        drafts.append((column, "pending", column.pending_index, "index/pending", values))
         if column.embedding.reuse:
-            drafts.append(
-                (
-                    column,
-                    "fingerprint",
-                    short_name(column.facts.name, column.embedding.column, "fingerprint"),
-                    "index/fingerprint",
-                    {"fingerprint": column.fingerprint},
-                )
-            )
+            name = short_name(column.facts.name, column.embedding.column, "fingerprint")
+            values = {"fingerprint": column.fingerprint}
+            drafts.append((column, "fingerprint", name, "index/fingerprint", values))
     with clone(connection, columns) as temporary:
-        for _, _, name, file, values in drafts:
-            connection.execute(
-                sqlfiles.compose(
-                    file,
-                    name=sql.Identifier(name),
-                    table=temporary,
-                    concurrently=sql.SQL(""),
-                    only=sql.SQL(""),
-                    **values,
-                )
+        for number, (column, _, _, file, values) in enumerate(drafts):
+            create = sqlfiles.compose(
+                file,
+                name=sql.Identifier(f"embedding_pipeline_clone_{number}"),
+                table=temporary,
+                concurrently=sql.SQL(""),
+                only=sql.SQL(""),
+                **values,
             )
+            build_on_clone(connection, column, temporary, create)
         row = connection.execute(
             b"SELECT $1::regclass::oid::bigint", [temporary.as_string(connection)]
         ).fetchone()
@@ -195,10 +189,33 @@ def wanted_queues(connection: Connection, columns: Sequence[Column]) -> list[Wan
             file=file,
             values=values,
             marker=column.embedding.fingerprint_column,
-            signature=found[name],
+            signature=found[f"embedding_pipeline_clone_{number}"],
         )
-        for column, suffix, name, file, values in drafts
+        for number, (column, suffix, name, file, values) in enumerate(drafts)
     ]
+
+
+def same_meaning(connection: Connection, column: Column, stored: str) -> bool:
+    """Whether a registered expected-expression is this column's, spelled differently.
+
+    Postgres parses both on an empty clone and writes them in its own way.
+    """
+    with clone(connection, [column]) as temporary:
+        written = []
+        for expression in (sql.SQL(stored), column.expected):  # type: ignore[arg-type]
+            try:
+                with connection.transaction():
+                    connection.execute(
+                        sql.SQL("CREATE INDEX ON {} (({}))").format(temporary, expression)
+                    )
+            except psycopg.DatabaseError:
+                return False  # it names a column that is gone, say
+            row = connection.execute(
+                sqlfiles.query("catalogue/newest_expression"), [temporary.as_string(connection)]
+            ).fetchone()
+            assert row is not None
+            written.append(row[0])
+    return bool(written[0] == written[1])
 
 
 def plan_index(
@@ -244,7 +261,7 @@ def plan_index(
             plan.drop(current, plan.reason(current))
             current = None
         target = spare if current else wanted.name
-        plan.create(target, wanted.column.relation)
+        plan.create(target, facts.schema, wanted.column.relation)
 
     plan.steps.extend(when_built)
     if target == spare:
@@ -262,24 +279,35 @@ class _Steps:
         self.wanted = wanted
         self.steps: list[Statement] = []
 
-    def add(self, text: sql.Composable, why: str, *, concurrently: bool = False) -> None:
-        facts = self.wanted.column.facts
+    def add(
+        self,
+        text: sql.Composable,
+        why: str,
+        *,
+        concurrently: bool = False,
+        undo: sql.Composable | None = None,
+        advice: str = "",
+    ) -> None:
+        column = self.wanted.column
         self.steps.append(
-            statement(
-                self.connection,
-                text,
-                why,
+            Statement(
+                sql=text.as_string(self.connection),
+                why=why,
                 concurrently=concurrently,
-                table=f"{facts.schema}.{facts.name}",
-                table_oid=facts.oid,
+                table=column.table.table,
+                table_oid=column.facts.oid,
+                undo=undo.as_string(self.connection) if undo else None,
+                advice=advice,
             )
         )
 
-    def create(self, name: str, table: sql.Composable) -> None:
+    def create(self, name: str, schema: str, table: sql.Composable) -> None:
         self.add(
             self.wanted.create(name, table, concurrently=True, only=False),
             f"build the {self.wanted.suffix} index {name} of {self.wanted.column}",
             concurrently=True,
+            undo=sqlfiles.compose("index/undo", index=sql.Identifier(schema, name)),
+            advice=_PENDING_ADVICE if self.wanted.suffix == "pending" else "",
         )
 
     def create_only(self, name: str, table: sql.Composable) -> None:
@@ -360,7 +388,7 @@ def _complete_partitioned(plan: _Steps, existing: Sequence[Existing], target: st
             plan.drop(found, plan.reason(found))
             found = None
         if found is None and node["is_leaf"]:
-            plan.create(name, relation)
+            plan.create(name, node["schema"], relation)
         elif found is None:
             plan.create_only(name, relation)
         plan.attach(parent_schema, parent_name, node["schema"], name)

@@ -4,10 +4,9 @@
 looks again until nothing is missing. A database that is right is only read.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -16,21 +15,34 @@ from psycopg import errors, sql
 from embedding_pipeline.errors import IdentityError, PipelineError, SchemaError
 from embedding_pipeline.settings import load_settings
 from embedding_pipeline.spec import TableSpec
-from embedding_pipeline.store import catalogue, ddl, project_schema, registry, sqlfiles
+from embedding_pipeline.store import catalogue, ddl, expressions, project_schema, registry, sqlfiles
 from embedding_pipeline.store.column import Column, TableFacts
 from embedding_pipeline.store.ddl import Report, Statement, quiet, render
 from embedding_pipeline.store.index_plan import (
+    BusyError,
     existing_indexes,
     plan_index,
+    same_meaning,
     wanted_queues,
 )
+from embedding_pipeline.store.user_files import apply_files, plan_files
 
-__all__ = ["Plan", "Statement", "migrate", "plan", "prepare", "render"]
+__all__ = [
+    "Plan",
+    "Statement",
+    "apply_files",
+    "migrate",
+    "plan",
+    "plan_files",
+    "prepare",
+    "render",
+    "reset",
+]
 
 Connection = psycopg.Connection[Any]
 
 ATTEMPTS = 5
-"""How often a table's plan is made anew after a deadlock or a failed build."""
+"""How often a table's plan is made anew after a deadlock."""
 
 
 @dataclass
@@ -40,6 +52,7 @@ class Plan:
     statements: list[Statement] = field(default_factory=list)
     problems: list[PipelineError] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    table_oid: int = 0
 
     def add(self, other: "Plan") -> None:
         """Append another plan."""
@@ -49,13 +62,13 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Choices:
+class _Choices:
     """What the user has decided about columns whose identity differs."""
 
     environment: str
-    accept_reembed: bool = False
-    take_ownership: bool = False
-    cost: registry.Cost | None = None
+    accept_reembed: bool
+    take_ownership: bool
+    cost: registry.Cost | None
 
 
 def prepare(
@@ -67,18 +80,24 @@ def prepare(
     take_ownership: bool = False,
     cost: registry.Cost | None = None,
 ) -> Plan:
-    """What `migrate` would do with the same arguments. Only reads."""
+    """What `migrate` would do with the same arguments, and the errors that it would end with.
+
+    Only reads (and makes empty temporary tables in transactions that are rolled back).
+    """
     choices = _choices(environment, accept_reembed, take_ownership, cost)
-    whole = Plan()
     extension, vector_schema = project_schema.plan_extension(connection)
-    whole.statements += extension + project_schema.plan_project(connection)
+    whole = Plan(extension + project_schema.plan_project(connection))
     for table in tables:
         whole.add(_prepare_table(connection, table, vector_schema, choices))
     return whole
 
 
 def plan(connection: Connection, tables: Sequence[TableSpec], **choices: Any) -> list[Statement]:
-    """The statements that `migrate` would execute; [] when there is nothing to do."""
+    """The statements that `migrate` would execute; [] when there is nothing to do.
+
+    Tables and columns that `migrate` would leave untouched and report are not in it; `prepare`
+    has them as `problems`.
+    """
     return prepare(connection, tables, **choices).statements
 
 
@@ -95,9 +114,13 @@ def migrate(
 ) -> list[Statement]:
     """Bring the database to what the YAML says; returns the statements that were executed.
 
-    Safe to run again at any time, and to run again after it was interrupted anywhere. A table or
-    column that cannot be brought there is left untouched, the others go on, and the error comes
-    at the end. Raises IdentityError, SchemaError.
+    Safe to run again at any time, and after it was interrupted anywhere. A table or column that
+    cannot be brought there is left untouched, the others go on, and the error comes at the end.
+    `accept_reembed` accepts a changed text (not a changed model), `take_ownership` a column of
+    another environment; `cost` puts a price on the rows that an error speaks of; `patience` is
+    for how many seconds a lock on a table is tried for.
+
+    Raises IdentityError, SchemaError; several problems become one error with all their texts.
     """
     choices = _choices(environment, accept_reembed, take_ownership, cost)
     executed: list[Statement] = []
@@ -108,15 +131,14 @@ def migrate(
             ddl.execute(connection, step, report=report, patience=patience)
             executed.append(step)
 
-    steps, _ = project_schema.plan_extension(connection)
-    if steps or project_schema.plan_project(connection):
+    if project_schema.plan_extension(connection)[0] or project_schema.plan_project(connection):
         with ddl.turn(connection, 0, "the project's own schema", report=report):
             run(project_schema.plan_extension(connection)[0])
             run(project_schema.plan_project(connection))
     problems: list[PipelineError] = []
     for table in tables:
         try:
-            problems += _migrate_table(connection, table, choices, run, report)
+            problems += _migrate_table(connection, table, choices, run, report, patience)
         except PipelineError as error:
             problems.append(error)
     if problems:
@@ -124,13 +146,57 @@ def migrate(
     return executed
 
 
+def reset(
+    connection: Connection,
+    column: Column,
+    *,
+    report: Report = quiet,
+    environment: str | None = None,
+    patience: float = ddl.PATIENCE_SECONDS,
+) -> list[Statement]:
+    """Drop a column with its vectors and set it up empty, as the YAML has it now.
+
+    One ALTER TABLE drops and adds the vector and the fingerprint, so the table is never without
+    them; the indexes go with it, and the pending index is built again. The quarantine of the
+    column is forgotten. Raises SchemaError, for instance when a view reads the column.
+    """
+    facts = column.facts
+    changes: list[sql.Composable] = []
+    for name in (column.embedding.column, column.embedding.fingerprint_column):
+        if name in facts.columns:
+            changes.append(sql.SQL("DROP COLUMN {}").format(sql.Identifier(name)))
+    changes += _additions(column)
+    texts = (
+        sqlfiles.compose(
+            "table/change_columns", table=column.relation, changes=sql.SQL(", ").join(changes)
+        ),
+        registry.forget(column),
+    )
+    # one transaction: were the identity forgotten alone, another model could move in
+    step = Statement(
+        ";\n".join(text.as_string(connection) for text in texts),
+        f"drop {column} with its vectors and add it empty",
+        table=column.table.table,
+        table_oid=facts.oid,
+    )
+    with ddl.turn(connection, facts.oid, f"table {column.table.table}", report=report):
+        report(step.why)
+        ddl.execute(connection, step, report=report, patience=patience)
+    alone = column.table.model_copy(
+        update={"embeddings": [column.embedding.model_copy(update={"baseline": None})]}
+    )
+    return [step] + migrate(
+        connection, [alone], report=report, environment=environment, patience=patience
+    )
+
+
 def _choices(
     environment: str | None,
     accept_reembed: bool,
     take_ownership: bool,
     cost: registry.Cost | None,
-) -> Choices:
-    return Choices(
+) -> _Choices:
+    return _Choices(
         environment=environment or load_settings().embedding_pipeline_environment,
         accept_reembed=accept_reembed,
         take_ownership=take_ownership,
@@ -141,166 +207,202 @@ def _choices(
 def _migrate_table(
     connection: Connection,
     table: TableSpec,
-    choices: Choices,
+    choices: _Choices,
     run: Callable[[Sequence[Statement]], None],
     report: Report,
+    patience: float,
 ) -> list[PipelineError]:
     vector_schema = project_schema.vector_schema(connection)
-    first = _prepare_table(connection, table, vector_schema, choices)
-    for warning in first.warnings:
-        report(f"warning: {warning}")
-    if not first.statements:
-        return first.problems
-    oid = next((step.table_oid for step in first.statements if step.table_oid), 0)
-    with ddl.turn(connection, oid, f"table {table.table}", report=report):
-        for attempt in range(1, ATTEMPTS + 1):
+    now = _prepare_table(connection, table, vector_schema, choices)
+    if not now.statements and not _busy(now):
+        return now.problems
+    with ddl.turn(connection, now.table_oid, f"table {table.table}", report=report):
+        deadlocks, started = 0, time.monotonic()
+        while True:
+            # looked at again: whoever had the turn before may have done it all
             now = _prepare_table(connection, table, vector_schema, choices)
-            if not now.statements:
-                return now.problems
+            if _busy(now) and time.monotonic() - started < patience:
+                report(str(_busy(now)))
+                time.sleep(1.0)
+                continue
+            for warning in now.warnings:
+                report(f"warning: {warning}")
             try:
                 run(now.statements)
-            except (
-                errors.DeadlockDetected,
-                errors.LockNotAvailable,
-                errors.QueryCanceled,
-            ) as error:
-                if attempt == ATTEMPTS:
+                return now.problems
+            except errors.DeadlockDetected as error:
+                deadlocks += 1
+                report(f"table {table.table}: {ddl.primary(error)}; looking again")
+                if deadlocks == ATTEMPTS:
                     raise SchemaError(
-                        f"table {table.table}: gave up after {ATTEMPTS} attempts: {error}; "
-                        "run this again when the table is quieter"
+                        f"table {table.table}: {ddl.primary(error)}, {ATTEMPTS} times over; "
+                        "run this again when no other schema change is under way"
                     ) from None
-                report(f"table {table.table}: {error}; looking again at what is missing")
-    return now.problems
+
+
+def _busy(plan: Plan) -> BusyError | None:
+    return next((problem for problem in plan.problems if isinstance(problem, BusyError)), None)
 
 
 def _prepare_table(
-    connection: Connection, table: TableSpec, vector_schema: str | None, choices: Choices
+    connection: Connection, table: TableSpec, vector_schema: str | None, choices: _Choices
 ) -> Plan:
     result = Plan()
     try:
         facts = catalogue.describe_table(
             connection, table, check_expressions=False, vector_schema=vector_schema
         )
+        result.table_oid = facts.oid
         columns = [Column(table, embedding, facts) for embedding in table.embeddings]
-        columns = [c for c in columns if _identity(connection, c, choices, result)]
-        if not columns:
-            return result
-        _plan_columns(connection, columns, choices, result)
+        expressions.check_syntax(connection, columns[0])
+        known = _registrations(connection, columns)
+        mine = [
+            column
+            for column in columns
+            if _may_touch(connection, column, known.get(column.embedding.column), choices, result)
+        ]
+        if mine:
+            _plan_columns(connection, mine, known, choices, result)
+            if result.statements:
+                result.warnings += warn_of_triggers(facts, mine)
     except PipelineError as error:
         result.problems.append(error)
+        result.statements.clear()
     return result
 
 
-def _identity(connection: Connection, column: Column, choices: Choices, result: Plan) -> bool:
-    """Whether the column may be worked on; notes the problem when it may not."""
-    if project_schema.version(connection) in (None, 0):
+def _registrations(
+    connection: Connection, columns: Sequence[Column]
+) -> dict[str, registry.RegisteredColumn]:
+    if not project_schema.version(connection):
+        return {}
+    found = ((column, registry.lookup(connection, column)) for column in columns)
+    return {column.embedding.column: row for column, row in found if row is not None}
+
+
+def _may_touch(
+    connection: Connection,
+    column: Column,
+    known: registry.RegisteredColumn | None,
+    choices: _Choices,
+    result: Plan,
+) -> bool:
+    """Whether a column's identity allows work on it; notes the problem when it does not."""
+    if known is None:
         return True
-    found = registry.lookup(connection, column)
-    if found is None:
-        return True
-    difference = registry.compare(connection, column, choices.environment, found)
+    difference = registry.compare(connection, column, choices.environment, known)
     if difference is None:
         return True
-    if difference.model_changed:
-        allowed = False
-    else:
-        allowed = (choices.accept_reembed or not difference.reembeds) and (
-            choices.take_ownership or not difference.environment_changed
-        )
-    if allowed:
+    spelling = (
+        difference.text_changed
+        and not difference.recipe_changed
+        and same_meaning(connection, column, known.expected_expression)
+    )
+    reembeds = difference.reembeds and not spelling
+    if (
+        not difference.model_changed
+        and (choices.accept_reembed or not reembeds)
+        and (choices.take_ownership or not difference.environment_changed)
+    ):
         return True
-    result.problems.append(IdentityError(difference.message(column)))
+    bill = registry.bill_of(connection, column, choices.cost) if reembeds else None
+    result.problems.append(IdentityError(difference.message(column, bill)))
     return False
 
 
 def _plan_columns(
-    connection: Connection, columns: list[Column], choices: Choices, result: Plan
+    connection: Connection,
+    columns: Sequence[Column],
+    known: dict[str, registry.RegisteredColumn],
+    choices: _Choices,
+    result: Plan,
 ) -> None:
     facts, table = columns[0].facts, columns[0].table
-    changes: list[sql.Composable] = []
-    for column in columns:
-        changes += _missing_columns(column)
-    if changes:
+    missing = [(column, clauses) for column in columns if (clauses := _missing(column))]
+    if missing:
+        names = ", ".join(column.embedding.column for column, _ in missing)
         result.statements.append(
-            ddl.statement(
-                connection,
+            Statement(
                 sqlfiles.compose(
                     "table/change_columns",
                     table=columns[0].relation,
-                    changes=sql.SQL(", ").join(changes),
-                ),
-                f"add the missing columns of {table.table}",
+                    changes=sql.SQL(", ").join(
+                        clause for _, clauses in missing for clause in clauses
+                    ),
+                ).as_string(connection),
+                f"add the columns for {names} to {table.table}",
                 table=table.table,
                 table_oid=facts.oid,
             )
         )
     existing = existing_indexes(connection, facts.oid)
     wanted = wanted_queues(connection, columns)
-
+    builds = False
     for column in columns:
+        found = known.get(column.embedding.column)
+        registration = (
+            []
+            if found and registry.agrees(connection, column, choices.environment, found)
+            else [registry.register_statement(connection, column, choices.environment, found)]
+        )
         of_column = [index for index in wanted if index.column is column]
-        registration = _registration(connection, column, choices)
-        for position, index in enumerate(of_column):
-            last = position == len(of_column) - 1
-            result.statements += plan_index(
-                connection, index, existing, when_built=registration if last else ()
+        for index in of_column:
+            # after the last build: a registered column has its queue
+            steps = plan_index(
+                connection,
+                index,
+                existing,
+                when_built=registration if index is of_column[-1] else (),
             )
+            builds = builds or any(step.undo for step in steps)
+            result.statements += steps
+    if builds:
+        expressions.check_totality(connection, columns)
 
 
-def _registration(connection: Connection, column: Column, choices: Choices) -> list[Statement]:
-    if project_schema.version(connection) not in (None, 0):
-        found = registry.lookup(connection, column)
-        if found is not None and registry.agrees(connection, column, choices.environment, found):
-            return []
-    return [registry.register_statement(connection, column, choices.environment)]
-
-
-def _missing_columns(column: Column) -> list[sql.Composable]:
+def _missing(column: Column) -> list[sql.Composable]:
     """The clauses that add the vector and the fingerprint; SchemaError where one is unfit."""
     facts, embedding = column.facts, column.embedding
+    vector_clause, fingerprint_clause = _additions(column)
     clauses: list[sql.Composable] = []
     vector = facts.attributes.get(embedding.column)
     if vector is None:
-        clauses.append(sql.SQL("ADD COLUMN {} {}").format(column.vector, column.vector_type))
+        clauses.append(vector_clause)
     else:
-        if (vector.type_schema, vector.type_name) != (facts.vector_schema, "vector"):
+        is_vector = (vector.type_schema, vector.type_name) == (facts.vector_schema, "vector")
+        if not is_vector or vector.modifier != embedding.dimensions:
             raise SchemaError(
-                f"{column} exists already, as {vector.type}; an embedding column is "
-                f"vector({embedding.dimensions}). Choose another name for the column"
-            )
-        if vector.modifier != embedding.dimensions:
-            raise SchemaError(
-                f"{column} exists already, as {vector.type}; {embedding.model} needs "
-                f"vector({embedding.dimensions}). Choose another name for the column"
+                f"{column} exists already, as {vector.type}, but {embedding.model} at "
+                f"{embedding.dimensions} dimensions needs vector({embedding.dimensions}); choose "
+                "another name for the embedding column"
             )
         if vector.not_null or vector.generated:
             raise SchemaError(
                 f"{column} exists already and is "
-                f"{'NOT NULL' if vector.not_null else 'generated by Postgres'}; an embedding "
-                "column has to take NULL for rows without text, and vectors for the others"
+                f"{'generated by Postgres' if vector.generated else 'NOT NULL'}; an embedding "
+                "column has to take NULL for rows without text and vectors for the others"
             )
     fingerprint = facts.attributes.get(embedding.fingerprint_column)
     if fingerprint is None:
-        clauses.append(sql.SQL("ADD COLUMN {} uuid").format(column.fingerprint))
+        clauses.append(fingerprint_clause)
     elif fingerprint.type != "uuid" or fingerprint.not_null or fingerprint.generated:
         raise SchemaError(
-            f"table {column.table.table} has a column {embedding.fingerprint_column} already, as "
+            f"table {column.table.table} already has a column {embedding.fingerprint_column}, as "
             f"{fingerprint.type}; that name is needed for the fingerprint (a nullable uuid) of "
             f"{embedding.column}. Rename it, or choose another name for the embedding column"
         )
     return clauses
 
 
-def _together(problems: Sequence[PipelineError]) -> PipelineError:
-    if len(problems) == 1:
-        return problems[0]
-    kinds = {type(problem) for problem in problems}
-    kind = IdentityError if IdentityError in kinds else SchemaError
-    return kind("\n\n".join(str(problem) for problem in problems))
+def _additions(column: Column) -> tuple[sql.Composable, sql.Composable]:
+    return (
+        sql.SQL("ADD COLUMN {} {}").format(column.vector, column.vector_type),
+        sql.SQL("ADD COLUMN {} uuid").format(column.fingerprint),
+    )
 
 
 def warn_of_triggers(facts: TableFacts, columns: Sequence[Column]) -> list[str]:
-    """The user's triggers that writing vectors will fire."""
+    """The user's triggers that writing vectors will fire, in words."""
     written = {
         name
         for column in columns
@@ -309,51 +411,17 @@ def warn_of_triggers(facts: TableFacts, columns: Sequence[Column]) -> list[str]:
     firing = [t for t in facts.update_triggers if not t.columns or written & set(t.columns)]
     if not firing:
         return []
-    names = ", ".join(trigger.name for trigger in firing)
+    names = "; ".join(f"{trigger.name} ({trigger.definition})" for trigger in firing)
     return [
-        f"table {facts.schema}.{facts.name}: writing a vector updates its row and so fires "
-        f"{'these triggers' if len(firing) > 1 else 'the trigger'}: {names}"
+        f"table {columns[0].table.table}: writing a vector is an UPDATE of its row and fires "
+        f"{names}. Let a trigger that should not see that name its columns (UPDATE OF …), or "
+        "end it early with WHEN (OLD.text IS DISTINCT FROM NEW.text)"
     ]
 
 
-def apply_files(
-    connection: Connection, files: Sequence[Path], *, report: Report = quiet
-) -> list[str]:
-    """Apply the user's own SQL files in the given order; returns the names of those applied now.
-
-    Each runs in one transaction together with its record (name and SHA-256). One that was applied
-    before is skipped; one that has changed since is a SchemaError, before anything is applied.
-    """
-    steps = project_schema.plan_project(connection)
-    if steps:
-        with ddl.turn(connection, 0, "the project's own schema", report=report):
-            for step in project_schema.plan_project(connection):
-                ddl.execute(connection, step, report=report)
-    known = dict(
-        connection.execute("SELECT name, sha256 FROM embedding_pipeline.applied_file").fetchall()
-    )
-    texts = {file: file.read_text(encoding="utf-8") for file in files}
-    digests = {file: sha256(text.encode()).hexdigest() for file, text in texts.items()}
-    for file in files:
-        if known.get(file.name, digests[file]) != digests[file]:
-            raise SchemaError(
-                f"{file}: a file of this name was applied before, with other content; "
-                "put it back as it was and write the change as a new file"
-            )
-    applied = []
-    for file in files:
-        if file.name in known:
-            report(f"{file.name}: applied before")
-            continue
-        try:
-            with connection.transaction():
-                connection.execute(texts[file].encode())
-                connection.execute(
-                    "INSERT INTO embedding_pipeline.applied_file (name, sha256) VALUES ($1, $2)",
-                    [file.name, digests[file]],
-                )
-        except psycopg.DatabaseError as error:
-            raise SchemaError(f"{file}: {str(error).strip()}; nothing of it was applied") from None
-        report(f"{file.name}: applied")
-        applied.append(file.name)
-    return applied
+def _together(problems: Sequence[PipelineError]) -> PipelineError:
+    if len(problems) == 1:
+        return problems[0]
+    identity = any(isinstance(problem, IdentityError) for problem in problems)
+    kind = IdentityError if identity else SchemaError
+    return kind("\n\n".join(str(problem) for problem in problems))

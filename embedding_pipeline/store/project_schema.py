@@ -7,7 +7,7 @@ from psycopg import sql
 
 from embedding_pipeline.errors import SchemaError
 from embedding_pipeline.store import sqlfiles
-from embedding_pipeline.store.ddl import Statement, statement
+from embedding_pipeline.store.ddl import Statement
 
 Connection = psycopg.Connection[Any]
 
@@ -52,10 +52,9 @@ def plan_extension(connection: Connection) -> tuple[list[Statement], str]:
             "postgresql-<version>-pgvector, or switch it on at your host), then run this again"
         )
     return [
-        statement(
-            connection,
-            sqlfiles.compose("extension", schema=sql.Identifier(schema)),
-            "install pgvector",
+        Statement(
+            sqlfiles.compose("extension", schema=sql.Identifier(schema)).as_string(connection),
+            f"install pgvector in schema {schema}",
         )
     ], schema
 
@@ -73,17 +72,11 @@ def plan_project(connection: Connection) -> list[Statement]:
     steps = []
     if found is None:
         steps.append(
-            statement(
-                connection, sqlfiles.compose("project/create_schema"), "create the project's schema"
-            )
+            Statement(sqlfiles.read("project/create_schema"), "create the project's schema")
         )
     for number, name in files:
         if number > (found or 0):
             steps.append(
-                statement(
-                    connection,
-                    sql.SQL(sqlfiles.read(name)),
-                    f"bring the project's tables to version {number}",
-                )
+                Statement(sqlfiles.read(name), f"bring the project's tables to version {number}")
             )
     return steps
