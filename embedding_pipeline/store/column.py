@@ -17,7 +17,7 @@ from embedding_pipeline.store import partitions
 BLANKS = "".join(char for char in map(chr, range(sys.maxunicode + 1)) if char.isspace())
 """Every character that `str.isspace` knows: a text of these alone is blank, in SQL as in Python."""
 
-BLANKS_SQL = sql.SQL("E'" + "".join(f"\\u{ord(char):04x}" for char in BLANKS) + "'")  # type: ignore[arg-type]
+BLANKS_SQL = sql.SQL("E'" + "".join(f"\\u{ord(char):04x}" for char in BLANKS) + "'")
 """`BLANKS` in ASCII: a printed script must survive an editor that mends line endings."""
 
 

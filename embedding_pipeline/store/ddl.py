@@ -36,6 +36,7 @@ LOCK_TIMEOUT_MS = 200
 PATIENCE_SECONDS = 60.0
 """How long a schema change is tried again before the blocking session is reported as an error."""
 
+_DEADLOCKS = 5
 _TURN = 0x656D6264  # "embd": the class of our advisory locks
 
 
@@ -56,6 +57,14 @@ class Statement:
     """What removes the INVALID index that a failed CREATE INDEX CONCURRENTLY leaves behind."""
     advice: str = ""
     """What to do when Postgres refuses it."""
+
+
+class BusyError(SchemaError):
+    """Somebody else is building the very index that is wanted."""
+
+
+class SharedMemoryError(SchemaError):
+    """The server's shared memory is too small for a parallel index build."""
 
 
 def quiet(message: str) -> None:
@@ -112,7 +121,10 @@ def execute(
             "use a new column"
         ) from None
     except psycopg.OperationalError as error:
-        raise SchemaError(
+        kind = SchemaError
+        if isinstance(error, errors.DiskFull) and "shared memory" in primary(error):
+            kind = SharedMemoryError
+        raise kind(
             f"{step.table or 'the project schema'}: cannot {step.why}: {primary(error)}. "
             "Run this again: it goes on where it stopped"
         ) from None
@@ -121,6 +133,50 @@ def execute(
             f"{step.table or 'the project schema'}: cannot {step.why}: {primary(error)}"
             f"{f'. {step.advice}' if step.advice else ''}"
         ) from None
+
+
+def carry_out(
+    connection: Connection,
+    subject: int,
+    what: str,
+    plan: Callable[[], Sequence[Statement]],
+    *,
+    report: Report = quiet,
+    patience: float = PATIENCE_SECONDS,
+) -> list[Statement]:
+    """Execute what `plan` says, alone among our own schema changes of a table.
+
+    `plan` is asked when it is our turn, since whoever had it before may have done it all, and
+    again after a deadlock or while it raises BusyError, for up to `patience` seconds.
+    Returns the statements that were executed.
+    """
+    executed: list[Statement] = []
+    with turn(connection, subject, what, report=report):
+        deadlocks, started, told = 0, time.monotonic(), ""
+        while True:
+            try:
+                steps = plan()
+            except BusyError as error:
+                if time.monotonic() - started > patience:
+                    raise
+                if str(error) != told:
+                    report(told := str(error))
+                time.sleep(0.5)
+                continue
+            try:
+                for step in steps:
+                    report(step.why)
+                    execute(connection, step, report=report, patience=patience)
+                    executed.append(step)
+                return executed
+            except errors.DeadlockDetected as error:
+                deadlocks += 1
+                report(f"{what}: {primary(error)}; looking again")
+                if deadlocks == _DEADLOCKS:
+                    raise SchemaError(
+                        f"{what}: {primary(error)}, {deadlocks} times over; run this again when "
+                        "no other schema change is under way"
+                    ) from None
 
 
 def patiently(

@@ -132,7 +132,7 @@ def build_on_clone(
     connection: Connection,
     column: Column,
     temporary: sql.Identifier,
-    create: sql.Composable | None = None,
+    create: sql.Composed | None = None,
 ) -> None:
     """Build an index (the pending one by default) on the clone.
 
@@ -233,7 +233,8 @@ def _odd_values(column: Column, type_: str, category: str) -> Sequence[str]:
         constants = re.findall(r"'((?:[^']|'')*)'", f"{column.table.text} {column.table.eligible}")
         names = [constant.replace("''", "'") for constant in constants]
         values: list[Any] = [{}, [], "word", 1, None, [[]], True]
-        for odd in ("word", "", None, 0, [], {}, "99999999999999999999"):
+        odd_members: list[Any] = ["word", "", None, 0, [], {}, "9" * 20]
+        for odd in odd_members:
             members = dict.fromkeys(names, odd)
             values += [members, dict.fromkeys(names, members), [members]]
         return [json.dumps(value) for value in values]
@@ -259,9 +260,7 @@ def _is_input(connection: Connection, value: sql.Composable) -> bool:
     return True
 
 
-def _refuse_failure(
-    connection: Connection, query: sql.Composable, problem: str, advice: str
-) -> None:
+def _refuse_failure(connection: Connection, query: sql.Composed, problem: str, advice: str) -> None:
     try:
         with connection.transaction(force_rollback=True):
             connection.execute(b"SET LOCAL lock_timeout = '2s'")

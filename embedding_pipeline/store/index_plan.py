@@ -6,6 +6,7 @@ under a spare name, then the old one is dropped, then the new one is renamed. Ev
 state from which the next plan goes on.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from embedding_pipeline.errors import SchemaError
 from embedding_pipeline.spec import short_name
 from embedding_pipeline.store import sqlfiles
 from embedding_pipeline.store.column import Column
-from embedding_pipeline.store.ddl import Statement
+from embedding_pipeline.store.ddl import BusyError, Statement
 from embedding_pipeline.store.expressions import build_on_clone, clone
 
 Connection = psycopg.Connection[Any]
@@ -28,10 +29,6 @@ _PENDING_ADVICE = (
     "text or eligible fails for a row of the table. They stand in an index, so they have to give "
     "a text or NULL for every row; the unfinished index was dropped"
 )
-
-
-class BusyError(SchemaError):
-    """Somebody else is building the very index that is wanted."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +199,7 @@ def same_meaning(connection: Connection, column: Column, stored: str) -> bool:
     """
     with clone(connection, [column]) as temporary:
         written = []
-        for expression in (sql.SQL(stored), column.expected):  # type: ignore[arg-type]
+        for expression in (sql.SQL(stored), column.expected):
             try:
                 with connection.transaction():
                     connection.execute(
@@ -237,6 +234,8 @@ def plan_index(
     mine = {index.name: index for index in existing if index.table_oid == facts.oid}
     current, other = mine.get(wanted.name), mine.get(spare)
     plan = _Steps(connection, wanted)
+    for index in leftovers(wanted, existing):
+        plan.drop(index, "left over from a REINDEX that failed")
 
     if current and current.valid and wanted.matches(current):
         plan.steps.extend(when_built)
@@ -351,6 +350,19 @@ class _Steps:
             ),
             f"give the new index the name {self.wanted.name}",
         )
+
+
+def leftovers(wanted: Wanted, existing: Sequence[Existing]) -> list[Existing]:
+    """What a REINDEX CONCURRENTLY that failed has left of an index (PostgreSQL manual, REINDEX)."""
+    return [
+        index
+        for index in existing
+        if not index.valid
+        and not index.partitioned
+        and index.building_pid is None
+        and wanted.matches(index)
+        and re.search(r"_cc(new|old)\d*$", index.name)
+    ]
 
 
 def _complete_partitioned(plan: _Steps, existing: Sequence[Existing], target: str) -> None:

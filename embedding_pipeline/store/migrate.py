@@ -4,22 +4,20 @@
 looks again until nothing is missing. A database that is right is only read.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
-from psycopg import errors, sql
+from psycopg import sql
 
 from embedding_pipeline.errors import IdentityError, PipelineError, SchemaError
 from embedding_pipeline.settings import load_settings
 from embedding_pipeline.spec import TableSpec
 from embedding_pipeline.store import catalogue, ddl, expressions, project_schema, registry, sqlfiles
 from embedding_pipeline.store.column import Column, TableFacts
-from embedding_pipeline.store.ddl import Report, Statement, quiet, render
+from embedding_pipeline.store.ddl import BusyError, Report, Statement, quiet, render
 from embedding_pipeline.store.index_plan import (
-    BusyError,
     existing_indexes,
     plan_index,
     same_meaning,
@@ -40,9 +38,6 @@ __all__ = [
 ]
 
 Connection = psycopg.Connection[Any]
-
-ATTEMPTS = 5
-"""How often a table's plan is made anew after a deadlock."""
 
 
 @dataclass
@@ -123,22 +118,24 @@ def migrate(
     Raises IdentityError, SchemaError; several problems become one error with all their texts.
     """
     choices = _choices(environment, accept_reembed, take_ownership, cost)
+
+    def project() -> list[Statement]:
+        return [
+            *project_schema.plan_extension(connection)[0],
+            *project_schema.plan_project(connection),
+        ]
+
     executed: list[Statement] = []
-
-    def run(steps: Sequence[Statement]) -> None:
-        for step in steps:
-            report(step.why)
-            ddl.execute(connection, step, report=report, patience=patience)
-            executed.append(step)
-
-    if project_schema.plan_extension(connection)[0] or project_schema.plan_project(connection):
-        with ddl.turn(connection, 0, "the project's own schema", report=report):
-            run(project_schema.plan_extension(connection)[0])
-            run(project_schema.plan_project(connection))
+    if project():
+        executed += ddl.carry_out(
+            connection, 0, "the project's own schema", project, report=report, patience=patience
+        )
     problems: list[PipelineError] = []
     for table in tables:
         try:
-            problems += _migrate_table(connection, table, choices, run, report, patience)
+            done, left = _migrate_table(connection, table, choices, report, patience)
+            executed += done
+            problems += left
         except PipelineError as error:
             problems.append(error)
     if problems:
@@ -179,15 +176,13 @@ def reset(
         table=column.table.table,
         table_oid=facts.oid,
     )
-    with ddl.turn(connection, facts.oid, f"table {column.table.table}", report=report):
-        report(step.why)
-        ddl.execute(connection, step, report=report, patience=patience)
+    what = f"table {column.table.table}"
+    ddl.carry_out(connection, facts.oid, what, lambda: [step], report=report, patience=patience)
     alone = column.table.model_copy(
         update={"embeddings": [column.embedding.model_copy(update={"baseline": None})]}
     )
-    return [step] + migrate(
-        connection, [alone], report=report, environment=environment, patience=patience
-    )
+    again = migrate(connection, [alone], report=report, environment=environment, patience=patience)
+    return [step, *again]
 
 
 def _choices(
@@ -208,36 +203,32 @@ def _migrate_table(
     connection: Connection,
     table: TableSpec,
     choices: _Choices,
-    run: Callable[[Sequence[Statement]], None],
     report: Report,
     patience: float,
-) -> list[PipelineError]:
+) -> tuple[list[Statement], list[PipelineError]]:
     vector_schema = project_schema.vector_schema(connection)
     now = _prepare_table(connection, table, vector_schema, choices)
     if not now.statements and not _busy(now):
-        return now.problems
-    with ddl.turn(connection, now.table_oid, f"table {table.table}", report=report):
-        deadlocks, started = 0, time.monotonic()
-        while True:
-            # looked at again: whoever had the turn before may have done it all
-            now = _prepare_table(connection, table, vector_schema, choices)
-            if _busy(now) and time.monotonic() - started < patience:
-                report(str(_busy(now)))
-                time.sleep(1.0)
-                continue
-            for warning in now.warnings:
-                report(f"warning: {warning}")
-            try:
-                run(now.statements)
-                return now.problems
-            except errors.DeadlockDetected as error:
-                deadlocks += 1
-                report(f"table {table.table}: {ddl.primary(error)}; looking again")
-                if deadlocks == ATTEMPTS:
-                    raise SchemaError(
-                        f"table {table.table}: {ddl.primary(error)}, {ATTEMPTS} times over; "
-                        "run this again when no other schema change is under way"
-                    ) from None
+        return [], now.problems
+    for warning in now.warnings:
+        report(f"warning: {warning}")
+
+    def steps() -> list[Statement]:
+        nonlocal now
+        now = _prepare_table(connection, table, vector_schema, choices)
+        if busy := _busy(now):
+            raise busy
+        return now.statements
+
+    done = ddl.carry_out(
+        connection,
+        now.table_oid,
+        f"table {table.table}",
+        steps,
+        report=report,
+        patience=patience,
+    )
+    return done, now.problems
 
 
 def _busy(plan: Plan) -> BusyError | None:

@@ -74,11 +74,10 @@ def apply_files(
         waiting = {step.table: step for step in steps}
         applied = []
         for file in files:
-            step = waiting.pop(str(file), None)
-            if step is None:
+            if str(file) not in waiting:
                 report(f"{file.name}: applied before")
                 continue
-            _apply(connection, file, step)
+            _apply(connection, file, waiting.pop(str(file)))
             report(f"{file.name}: applied")
             applied.append(file.name)
     return applied
