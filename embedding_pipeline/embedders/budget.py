@@ -50,14 +50,15 @@ class _Bucket:
         self._level = self._burst
         self._filled_at = now
 
-    def draw(self, amount: float, now: float) -> float:
-        """Take the amount; returns the seconds to wait before using it."""
-        self._level = min(self._burst, self._level + (now - self._filled_at) * self._rate)
-        self._filled_at = now
-        # more than the burst only needs a full bucket
-        wait = (min(amount, self._burst) - self._level) / self._rate
-        self._level -= amount
-        return max(0.0, wait)
+    def wait_for(self, amount: float, now: float) -> float:
+        """Seconds until so much may be used; more than the burst only needs a full bucket."""
+        level = self._level + (now - self._filled_at) * self._rate
+        return max(0.0, (min(amount, self._burst) - level) / self._rate)
+
+    def draw(self, amount: float, at: float) -> None:
+        """Take the amount at a time that may lie ahead."""
+        level = self._level + (at - self._filled_at) * self._rate
+        self._level, self._filled_at = min(self._burst, level) - amount, at
 
     def give_back(self, amount: float) -> None:
         """Correct what was drawn; a negative amount draws more."""
@@ -83,12 +84,14 @@ class TokenBucket:
 
     async def acquire(self, tokens: int) -> None:
         """First come, first served: each waits for the debt that it finds."""
+        drawn = [(self._requests, 1), (self._tokens, tokens)]
         with self._lock:
-            now, wait = self._clock(), 0.0
-            if self._requests is not None:
-                wait = self._requests.draw(1, now)
-            if self._tokens is not None:
-                wait = max(wait, self._tokens.draw(tokens, now))
+            now = self._clock()
+            waits = [bucket.wait_for(amount, now) for bucket, amount in drawn if bucket]
+            wait = max(waits, default=0.0)
+            for bucket, amount in drawn:
+                if bucket:
+                    bucket.draw(amount, now + wait)
         if wait > 0:
             await self._sleep(wait)
 

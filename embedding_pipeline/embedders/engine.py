@@ -44,6 +44,7 @@ SECONDS_TO_ARRIVE = 5.0
 PROBE_TEXT = "a"
 
 _TOO_LONG = re.compile(r"token|length|too long", re.IGNORECASE)
+_COUNTED = re.compile(r"(\d{1,12}) tokens|given: (\d{1,12})", re.IGNORECASE)
 
 
 @dataclass
@@ -107,7 +108,7 @@ class ProviderEmbedder:
         clock: Clock = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
-        self.endpoint = endpoint
+        self.endpoint = self._declared = endpoint
         self.model = model
         self.dimensions = dimensions
         self._wire = wire
@@ -138,10 +139,10 @@ class ProviderEmbedder:
     async def _start(self, *, retry: bool) -> None:
         history = _History()
         self._failing_since = None
-        self.endpoint = await located(self.endpoint)
         while True:
             try:
-                self.endpoint = await self._wire.open(self.endpoint)
+                # again each time: the local server is started anew where it has died
+                self.endpoint = await self._wire.open(await located(self._declared))
             except InputError as error:
                 raise GlobalError(f"{self.endpoint.name} is not usable: {error}") from error
             except TransientError as error:
@@ -162,7 +163,11 @@ class ProviderEmbedder:
 
     def estimate_tokens(self, text: str) -> int:
         """See `Embedder.estimate_tokens`."""
-        return min(self.counter.count(self._prefix + text), self.endpoint.max_tokens_per_input)
+        longest = min(
+            self.endpoint.max_tokens_per_input,
+            self.counter.longest or self.endpoint.max_tokens_per_input,
+        )
+        return min(self.counter.count(self._prefix + text), longest)
 
     def cost(self, tokens: int) -> float:
         """See `Embedder.cost`."""
@@ -285,8 +290,19 @@ class ProviderEmbedder:
                         return
                     plain_text_worked = await self._answers_plain_text(job)
                 await job.sleep(self._sleep(pause))
+                if error.cause == "unreachable" and not self._declared.base_url:
+                    await self._revive(job)
             except GlobalError as error:
                 job.stop(error)
+
+    async def _revive(self, job: _Job) -> None:
+        """Start the local server again; it may get another address."""
+        try:
+            self.endpoint = await self._wire.open(await located(self._declared))
+        except GlobalError as error:
+            job.stop(error)
+        except EmbedError:
+            return  # not up yet; the next try will tell
 
     async def _split(self, job: _Job, indices: list[int], history: _History) -> None:
         left, right = (self._piece(job, half, replace(history)) for half in halves(indices))
@@ -306,8 +322,8 @@ class ProviderEmbedder:
         if self._overlong != "truncate" or self.counter.exact or not _TOO_LONG.search(words):
             return False
         text, limit = job.texts[index], self.endpoint.max_tokens_per_input
-        counted = [n for n in map(int, re.findall(r"\d+", words)) if limit < n < 100 * limit]
-        share = min(0.75, 0.98 * limit / max(counted)) if counted else 0.75
+        counted = max((int(n) for pair in _COUNTED.findall(words) for n in pair if n), default=0)
+        share = min(0.75, 0.98 * limit / counted) if counted > limit else 0.75
         shorter = text[: int(share * len(text))]
         if self.counter.roughly(shorter) < limit // 8 or not shorter.strip():
             return False  # length is not what is wrong with it

@@ -44,6 +44,7 @@ class OpenAIWire:
                     follow_redirects=False, trust_env=not is_loopback(endpoint.base_url)
                 ),
             )
+        self._client.base_url = endpoint.base_url
         return endpoint
 
     async def send(self, texts: Sequence[str]) -> Answer:

@@ -1,8 +1,10 @@
 """Text Embeddings Inference: `POST /embed` with `truncate: false`, limits from `GET /info`."""
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from embedding_pipeline.embedders import responses
@@ -24,6 +26,7 @@ class TeiWire:
         self._session: aiohttp.ClientSession | None = None
         self._endpoint: Endpoint | None = None
         self._proven = False
+        self._unverified = False
 
     async def open(self, endpoint: Endpoint) -> Endpoint:
         """Ask `/info` whether this is the model, and how much it takes."""
@@ -31,6 +34,7 @@ class TeiWire:
 
         self._endpoint = endpoint
         if self._session is None:
+            self._verifying = asyncio.Lock()
             headers = {"content-type": "application/json"}
             if endpoint.api_key is not None:
                 headers["authorization"] = f"Bearer {endpoint.api_key.get_secret_value()}"
@@ -38,7 +42,26 @@ class TeiWire:
                 headers=headers,
                 connector=aiohttp.TCPConnector(limit=0),
                 trust_env=not is_loopback(endpoint.base_url),
+                trace_configs=[self._connection_watch()],
             )
+        self._endpoint = await self._verified(endpoint)
+        return self._endpoint
+
+    def _connection_watch(self) -> "aiohttp.TraceConfig":
+        """A new connection may lead to another server than the one whose model was checked:
+        TEI's answers do not name the model, and a container can be replaced in mid-run."""
+        import aiohttp
+
+        async def connected(_: object, context: SimpleNamespace, __: object) -> None:
+            if context.trace_request_ctx == "/embed":
+                self._unverified = True
+
+        watch = aiohttp.TraceConfig()
+        watch.on_connection_create_end.append(connected)
+        return watch
+
+    async def _verified(self, endpoint: Endpoint) -> Endpoint:
+        """Ask `/info` for the model; the endpoint with the limits that it states."""
         _, body = await self._request("GET", "/info", None)
         info = responses.parse_json(endpoint, body)
         if not isinstance(info, dict) or "model_id" not in info:
@@ -47,8 +70,19 @@ class TeiWire:
                 "it is not a TEI server, mend the address"
             )
         responses.check_model(endpoint, self._model, info["model_id"])
-        self._endpoint = _with_limits(endpoint, info)
-        return self._endpoint
+        return _with_limits(endpoint, info)
+
+    async def _verify_new_connections(self, endpoint: Endpoint) -> None:
+        if not (self._unverified or self._verifying.locked()):
+            return
+        async with self._verifying:
+            if self._unverified:
+                self._unverified = False
+                try:
+                    await self._verified(endpoint)
+                except BaseException:
+                    self._unverified = True
+                    raise
 
     async def send(self, texts: Sequence[str]) -> Answer:
         """One `POST /embed`."""
@@ -59,6 +93,7 @@ class TeiWire:
             separators=(",", ":"),
         ).encode()
         headers, answered = await self._request("POST", "/embed", body)
+        await self._verify_new_connections(self._endpoint)
         rows = responses.parse_json(self._endpoint, answered)
         if not isinstance(rows, list):
             raise TransientError(
@@ -94,6 +129,7 @@ class TeiWire:
                 data=body,
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=endpoint.timeout_seconds),
+                trace_request_ctx=path,
             ) as response:
                 content = await response.read()
                 headers = {name.lower(): value for name, value in response.headers.items()}

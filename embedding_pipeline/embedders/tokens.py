@@ -1,6 +1,7 @@
 """How long a text is in tokens, and where to cut it: exactly where the tokenizer is at hand."""
 
 import importlib.util
+import json
 import os
 import string
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ FIRST_CUT_CHARACTERS = 40
 (1.5 s) for the sake of 256 tokens."""
 
 
-_PLAIN = (string.ascii_letters + string.digits + " ").encode()
+_PLAIN = (string.ascii_letters + " ").encode()
 _NOT_ASCII = bytes(range(0x80, 0x100))
 _WEIGHTS_BY_LEAD_BYTE = (
     (bytes(range(0xC0, 0xE0)), 1),
@@ -51,9 +52,13 @@ class TokenCounter:
     the estimate says.
     """
 
-    def __init__(self, tokenizer: "Tokenizer | None", special_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: "Tokenizer | None", special_tokens: int, longest: int | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._special = special_tokens
+        self.longest = longest
+        """Tokens that the model reads of a text, where known before asking its server."""
 
     @property
     def exact(self) -> bool:
@@ -117,10 +122,10 @@ class TokenCounter:
 def estimated_tokens(text: str) -> int:
     """A conservative estimate for a model whose tokenizer is not on this machine.
 
-    ASCII letters, digits and spaces count a third of a token each (OpenAI's rule of thumb for
-    English is four characters a token), other ASCII one, two-byte characters one (accented
+    ASCII letters and spaces count a third of a token each (OpenAI's rule of thumb for English is
+    four characters a token), other ASCII one, two-byte characters one (accented
     Latin, Greek, Cyrillic, Arabic), three-byte ones two (CJK takes 1 to 2) and four-byte ones
-    four (emoji). Runs of digits or random letters may have more; what the provider then
+    four (emoji). Random letters may have more; what the provider then
     refuses is handled like any refused input.
     """
     encoded = text.encode("utf-8", "surrogatepass")
@@ -161,7 +166,8 @@ def token_counter(model: str) -> TokenCounter:
     # the file may come with a truncation and a padding of its own (all-MiniLM: both 128)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return TokenCounter(tokenizer, tokenizer.num_special_tokens_to_add(is_pair=False))
+    special = tokenizer.num_special_tokens_to_add(is_pair=False)
+    return TokenCounter(tokenizer, special, _longest(path.parent))
 
 
 def _tokenizer_file(model: str) -> Path | None:
@@ -178,3 +184,12 @@ def _tokenizer_file(model: str) -> Path | None:
         return None
     path = repository / "snapshots" / reference.read_text().strip() / "tokenizer.json"
     return path if path.is_file() else None
+
+
+def _longest(folder: Path) -> int | None:
+    """`max_seq_length`, which sentence-transformers models state beside their tokenizer."""
+    try:
+        stated = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return stated if isinstance(stated, int) else None

@@ -45,9 +45,7 @@ def test_one_poisoned_text_is_charged_alone_and_its_63_neighbours_are_embedded(
     asyncio.run(main())
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(count=st.integers(1, 80), poisoned=st.sets(st.integers(0, 79), max_size=6))
 def test_any_set_of_poisoned_texts_is_found_exactly(
     server: FaultServer, count: int, poisoned: set[int]
