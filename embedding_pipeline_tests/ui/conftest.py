@@ -97,8 +97,10 @@ def project(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Itera
     log = home / "dev.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "embedding_pipeline", "dev"]
-            + ["--port", str(port), "--no-sensors"],
+            [
+                *(sys.executable, "-m", "embedding_pipeline", "dev"),
+                *("--port", str(port), "--no-sensors"),
+            ],
             env=environment,
             cwd=PROJECT_ROOT,
             stdout=output,
