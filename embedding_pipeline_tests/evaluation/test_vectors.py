@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from psycopg import sql
 
-from embedding_pipeline.evaluation.vectors import index_recall, vectors_valid
+from embedding_pipeline.evaluation.vectors import index_recall, still_indexed, vectors_valid
 from embedding_pipeline.evaluation.verdict import index_recall_verdict, vectors_valid_verdict
 from embedding_pipeline.store.column import Column
 from embedding_pipeline_tests.evaluation.tables import (
@@ -194,6 +194,18 @@ def test_without_an_index_recall_is_none(connection: Connection, column: Column)
     assert (found.recall, found.index) == (None, None)
     assert found.reason == "docs.embedding has no HNSW index for cosine distance"
     assert index_recall_verdict(found, 0.9, pending=0).status == "failed"
+
+
+def test_an_earlier_measurement_counts_only_while_the_index_is_there(
+    connection: Connection, column: Column
+) -> None:
+    build_index(connection, column)
+    measured = index_recall(connection, column)
+    assert still_indexed(connection, column, measured) == measured
+    drop_index(connection, column)
+    now = still_indexed(connection, column, measured)
+    assert now.recall is None
+    assert index_recall_verdict(now, 0.9, pending=0).status == "failed"
 
 
 def test_a_single_row_has_no_neighbours(connection: Connection, column: Column) -> None:
