@@ -6,7 +6,6 @@ until the culprit stands alone; its neighbours are embedded.
 """
 
 import asyncio
-import json
 import random
 import re
 import time
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from pydantic_core import to_json
 
 from embedding_pipeline.embedders.budget import Budget, Clock, Sleep, budget_for
 from embedding_pipeline.embedders.endpoints import located
@@ -478,4 +478,4 @@ def _is_broken(text: str) -> bool:
 
 def _json_bytes(text: str) -> int:
     """Bytes of the text in a request, quotes and comma included."""
-    return len(json.dumps(text, ensure_ascii=False).encode()) + 1
+    return len(to_json(text)) + 1

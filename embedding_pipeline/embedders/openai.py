@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import to_json
+
 from embedding_pipeline.embedders import responses
 from embedding_pipeline.embedders.errors import TransientError
 from embedding_pipeline.embedders.port import Endpoint
@@ -50,19 +52,29 @@ class OpenAIWire:
     async def send(self, texts: Sequence[str]) -> Answer:
         """One `POST /embeddings`."""
         import aiohttp
+        import httpx2
         import openai
 
         endpoint = self._endpoint
         assert endpoint is not None
         assert self._client is not None, "start() first"
+        request: dict[str, Any] = {
+            "model": self._model,
+            "input": list(texts),
+            "encoding_format": "base64",
+        }
+        if takes_dimensions(self._model):
+            request["dimensions"] = self._dimensions
         try:
             # the client's timeouts are per read, so a server that drips never meets one
             async with asyncio.timeout(endpoint.timeout_seconds):
-                raw = await self._client.embeddings.with_raw_response.create(
-                    input=list(texts),
-                    model=self._model,
-                    encoding_format="base64",
-                    dimensions=self._dimensions if takes_dimensions(self._model) else openai.omit,
+                # the method that the client's README gives for requests of one's own;
+                # `embeddings.create` looks at every input, a quarter of the CPU time
+                raw = await self._client.post(
+                    "/embeddings",
+                    content=to_json(request),
+                    cast_to=httpx2.Response,
+                    options={"headers": {"content-type": "application/json"}},
                 )
                 body = raw.content
         except openai.APIStatusError as error:

