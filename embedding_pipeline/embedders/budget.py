@@ -23,8 +23,12 @@ class Budget(Protocol):
         """Wait until one request of so many (estimated) tokens may be sent."""
         ...
 
-    def settle(self, estimated: int, used: int) -> None:
-        """Give back, or draw later, what the estimate was wrong by."""
+    def release(self, tokens: int, used: int | None) -> None:
+        """That request has ended, once for each `acquire` that returned.
+
+        `used` is the provider's count of its tokens: 0 when it was not sent after all, None when
+        it failed and nobody knows.
+        """
         ...
 
     def learn(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
@@ -95,11 +99,13 @@ class TokenBucket:
         if wait > 0:
             await self._sleep(wait)
 
-    def settle(self, estimated: int, used: int) -> None:
+    def release(self, tokens: int, used: int | None) -> None:
         """Correct the tokens by the provider's own count."""
+        if used is None:
+            return
         with self._lock:
             if self._tokens is not None:
-                self._tokens.give_back(estimated - used)
+                self._tokens.give_back(tokens - used)
 
     def learn(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
         """Fill the gaps that the YAML leaves; a changed limit replaces what was learnt."""

@@ -6,15 +6,14 @@ until the culprit stands alone; its neighbours are embedded.
 """
 
 import asyncio
+import logging
 import random
-import re
 import time
 from collections.abc import Awaitable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from pydantic_core import to_json
 
 from embedding_pipeline.embedders.budget import Budget, Clock, Sleep, budget_for
 from embedding_pipeline.embedders.endpoints import located
@@ -24,12 +23,15 @@ from embedding_pipeline.embedders.errors import (
     InputError,
     TransientError,
 )
+from embedding_pipeline.embedders.inputs import Inputs, Rules, prepare, shorten
 from embedding_pipeline.embedders.limiter import Limiter, Sent, limiter_for
-from embedding_pipeline.embedders.packing import RequestLimits, Weight, halves, pack
+from embedding_pipeline.embedders.packing import RequestLimits, halves, pack
 from embedding_pipeline.embedders.port import EmbedResult, Endpoint, Overlong
 from embedding_pipeline.embedders.responses import Answer
 from embedding_pipeline.embedders.tokens import TokenCounter, token_counter
 from embedding_pipeline.embedders.wire import Wire
+
+logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
@@ -41,23 +43,21 @@ PATIENCE_OF_PARTS = 2
 SECONDS_TO_ARRIVE = 5.0
 """For answers, perhaps paid for, that are on their way when the call ends for another reason."""
 
-PROBE_TEXT = "a"
+SECONDS_WORTH_A_WARNING = 5.0
 
-_TOO_LONG = re.compile(r"token|length|too long", re.IGNORECASE)
-_COUNTED = re.compile(r"(\d{1,12}) tokens|given: (\d{1,12})", re.IGNORECASE)
+PROBE_TEXT = "a"
+REFUSALS_WITHOUT_A_DOUBT = 3
+"""Texts refused alone, with no text answered in between, before a plain text is tried."""
 
 
 @dataclass
 class _Job:
     """One `embed` call."""
 
-    texts: list[str]
-    """What is sent, prefix and cut included; empty where nothing is."""
+    inputs: Inputs
     result: EmbedResult
     retry: bool
     stopped: "asyncio.Future[None]"
-    weights: dict[int, Weight] = field(default_factory=dict)
-    """Of the texts to be sent, by index."""
     error: EmbedError | None = None
 
     def stop(self, error: EmbedError) -> None:
@@ -118,6 +118,7 @@ class ProviderEmbedder:
         self._sleep, self._clock = sleep, clock
         self._rng = rng or random.Random()  # noqa: S311 - jitter, not a secret
         self._answered = 0
+        self._refusals_in_a_row = 0
         self._failing_since: float | None = None
         self._jobs = 0
         self._started = False
@@ -132,6 +133,10 @@ class ProviderEmbedder:
             self._counter = token_counter(self.model)
         return self._counter
 
+    @property
+    def _rules(self) -> Rules:
+        return Rules(self.endpoint, self.counter, self._overlong, self._prefix)
+
     async def start(self) -> None:
         """See `Embedder.start`."""
         await self._start(retry=True)
@@ -139,6 +144,8 @@ class ProviderEmbedder:
     async def _start(self, *, retry: bool) -> None:
         history = _History()
         self._failing_since = None
+        if self._counter is None:
+            self._counter = await asyncio.to_thread(token_counter, self.model)
         while True:
             try:
                 # again each time: the local server is started anew where it has died
@@ -177,77 +184,46 @@ class ProviderEmbedder:
         """See `Embedder.embed`."""
         if not self._started:
             await self._start(retry=retry)
-        result = EmbedResult(
-            vectors=np.full((len(texts), self.dimensions), np.nan, dtype=np.float32),
-            done=np.zeros(len(texts), dtype=np.bool_),
-        )
-        stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        job = _Job([""] * len(texts), result, retry, stopped)
         if not self._jobs:
             self._failing_since = None
         self._jobs += 1
         try:
-            await self._prepare(job, texts)
+            job = await self._job(texts, retry=retry)
             await self._run(job)
         finally:
             self._jobs -= 1
-        result.truncated.sort()
+        job.result.truncated.sort()
         if job.error is not None:
-            job.error.partial = result
+            job.error.partial = job.result
             raise job.error
-        return result
+        return job.result
+
+    async def _job(self, texts: Sequence[str], *, retry: bool) -> _Job:
+        rules = self._rules
+        if rules.counter.exact and any(len(text) > rules.most_tokens // 2 for text in texts):
+            # tokenizing takes a millisecond a page and lets go of the interpreter's lock
+            inputs = await asyncio.to_thread(prepare, texts, rules)
+        else:
+            inputs = prepare(texts, rules)
+        result = EmbedResult(
+            vectors=np.full((len(texts), self.dimensions), np.nan, dtype=np.float32),
+            done=np.zeros(len(texts), dtype=np.bool_),
+            refused=inputs.refused,
+            truncated=inputs.truncated,
+        )
+        return _Job(inputs, result, retry, asyncio.get_running_loop().create_future())
 
     async def _run(self, job: _Job) -> None:
-        wanted = list(job.weights)
+        indices = list(job.inputs.weights)
         limits = RequestLimits(
             self.endpoint.max_inputs,
             self.endpoint.max_tokens_per_request,
             self.endpoint.max_bytes_per_request,
         )
-        packed = pack([job.weights[index] for index in wanted], limits)
+        packed = pack(list(job.inputs.weights.values()), limits)
         async with asyncio.TaskGroup() as group:
             for positions in packed:
-                group.create_task(self._piece(job, [wanted[p] for p in positions], _History()))
-
-    async def _prepare(self, job: _Job, texts: Sequence[str]) -> None:
-        """Refuse what must not be sent, cut what is too long, weigh the rest."""
-        refused = job.result.refused
-        for index, text in enumerate(texts):
-            if not text.strip():
-                refused[index] = "not sent: the text is empty or blank"
-            elif _is_broken(text):
-                refused[index] = "not sent: half of a surrogate pair, which is not Unicode text"
-            else:
-                job.texts[index] = self._prefix + text
-        sendable = [index for index, text in enumerate(job.texts) if text]
-        # tokenizing takes a millisecond a page and lets go of the interpreter's lock
-        cuts = await asyncio.to_thread(
-            self.counter.cut,
-            [job.texts[index] for index in sendable],
-            self.endpoint.max_tokens_per_input,
-        )
-        for index, cut in zip(sendable, cuts, strict=True):
-            tokens = cut.tokens
-            if cut.overlong and self._overlong == "truncate":
-                job.texts[index] = cut.text
-                job.result.truncated.append(index)
-            elif cut.overlong and self.counter.exact:
-                refused[index] = (
-                    f"not sent: longer than {self.endpoint.max_tokens_per_input} tokens, and the "
-                    "column's YAML says overlong: quarantine"
-                )
-                continue
-            elif cut.overlong:
-                # only an estimate: the provider decides, in a request of its own
-                tokens = self.endpoint.max_tokens_per_request
-            size = _json_bytes(job.texts[index])
-            if size > self.endpoint.max_bytes_per_request:
-                refused[index] = (
-                    f"not sent: {size} bytes, {self.endpoint.name} takes at most "
-                    f"{self.endpoint.max_bytes_per_request} a request"
-                )
-                continue
-            job.weights[index] = Weight(tokens, size)
+                group.create_task(self._piece(job, [indices[p] for p in positions], _History()))
 
     async def _piece(self, job: _Job, indices: list[int], history: _History) -> None:
         """Embed these inputs: in one request, or in more where a text seems to be at fault."""
@@ -262,10 +238,11 @@ class ProviderEmbedder:
             except InputError as error:
                 if len(indices) > 1:
                     await self._split(job, indices, _History())
-                elif self._shortened(job, indices[0], error.words):
+                elif shorten(job.inputs, indices[0], error.words, self._rules):
                     continue
                 elif await self._works_for_others(job):
                     job.result.refused[indices[0]] = error.words
+                    self._refusals_in_a_row += 1
                 return
             except TransientError as error:
                 tries += 1
@@ -313,32 +290,12 @@ class ProviderEmbedder:
             await left
             await right
 
-    def _shortened(self, job: _Job, index: int, words: str) -> bool:
-        """Cut a text further that the provider finds too long where the estimate did not.
-
-        By the provider's own count where its words name it ("… requested 8610 tokens", "Given:
-        300"), else by a quarter. Not for `overlong: quarantine`, and not where our count is exact.
-        """
-        if self._overlong != "truncate" or self.counter.exact or not _TOO_LONG.search(words):
-            return False
-        text, limit = job.texts[index], self.endpoint.max_tokens_per_input
-        counted = max((int(n) for pair in _COUNTED.findall(words) for n in pair if n), default=0)
-        share = min(0.75, 0.98 * limit / counted) if counted > limit else 0.75
-        shorter = text[: int(share * len(text))]
-        if self.counter.roughly(shorter) < limit // 8 or not shorter.strip():
-            return False  # length is not what is wrong with it
-        job.texts[index] = shorter
-        job.weights[index] = Weight(self.counter.roughly(shorter), _json_bytes(shorter))
-        if index not in job.result.truncated:
-            job.result.truncated.append(index)
-        return True
-
     async def _works_for_others(self, job: _Job) -> bool:
         """False, and the call ends, when the endpoint refuses a plain text as well.
 
         Otherwise a wrong parameter would be charged to every row of the table.
         """
-        if self._answered:
+        if self._answered and self._refusals_in_a_row < REFUSALS_WITHOUT_A_DOUBT:
             return True
         try:
             await self._request(job, [PROBE_TEXT], 1)
@@ -369,8 +326,9 @@ class ProviderEmbedder:
             return False
 
     async def _send(self, job: _Job, indices: list[int], *, again: bool) -> Answer | None:
-        tokens = sum(job.weights[index].tokens for index in indices)
-        return await self._request(job, [job.texts[i] for i in indices], tokens, again=again)
+        tokens = sum(job.inputs.weights[index].tokens for index in indices)
+        texts = [job.inputs.texts[index] for index in indices]
+        return await self._request(job, texts, tokens, again=again)
 
     async def _request(
         self, job: _Job, texts: list[str], tokens: int, *, again: bool = False
@@ -379,10 +337,14 @@ class ProviderEmbedder:
         sent = await self._enter(job, tokens)
         if sent is None:
             return None
+        used: int | None = None
         try:
             job.result.requests += 1
             job.result.retried += again
             answer = await self._until_shortly_after_the_end(job, self._wire.send(texts))
+            if answer is None:
+                return None
+            used = tokens if answer.tokens is None else answer.tokens
         except TransientError as error:
             if self._failing_since is None:
                 self._failing_since = self._clock()
@@ -394,14 +356,12 @@ class ProviderEmbedder:
             raise
         finally:
             self._limiter.leave()
-        if answer is None:
-            return None
+            self._budget.release(tokens, used)
         self._limiter.succeeded(sent)
         self._failing_since = None
         self._answered += 1
-        used = tokens if answer.tokens is None else answer.tokens
+        self._refusals_in_a_row = 0
         job.result.tokens += used
-        self._budget.settle(tokens, used)
         self._budget.learn(
             _header(answer, "x-ratelimit-limit-requests"),
             _header(answer, "x-ratelimit-limit-tokens"),
@@ -409,16 +369,24 @@ class ProviderEmbedder:
         return answer
 
     async def _enter(self, job: _Job, tokens: int) -> Sent | None:
-        entering = asyncio.ensure_future(self._limiter.enter(lambda: self._budget.acquire(tokens)))
-        entered = False
+        drawn = entered = False
+
+        async def permission() -> None:
+            nonlocal drawn
+            await self._budget.acquire(tokens)
+            drawn = True
+
+        entering = asyncio.ensure_future(self._limiter.enter(permission))
         try:
             await job.first_of(entering)
             entered = entering.done() and job.error is None
             return entering.result() if entered else None
         finally:
-            if not entered and not entering.cancel():
-                entering.result()
-                self._limiter.leave()
+            if not entered:
+                if not entering.cancel() and entering.exception() is None:
+                    self._limiter.leave()
+                if drawn:
+                    self._budget.release(tokens, 0)
 
     async def _until_shortly_after_the_end(
         self, job: _Job, sending: Coroutine[None, None, Answer]
@@ -460,22 +428,11 @@ class ProviderEmbedder:
                 cause=error.cause,
                 retry_after=error.retry_after,
             ) from error
+        level = logging.WARNING if pause >= SECONDS_WORTH_A_WARNING else logging.INFO
+        logger.log(level, "%s (next try in %.1f s)", error, pause)
         return pause
 
 
 def _header(answer: Answer, name: str) -> int | None:
     value = answer.headers.get(name, "")
     return int(value) if value.isdecimal() and int(value) > 0 else None
-
-
-def _is_broken(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _json_bytes(text: str) -> int:
-    """Bytes of the text in a request, quotes and comma included."""
-    return len(to_json(text)) + 1

@@ -69,6 +69,7 @@ class FallbackEmbedder:
         self._primary, self._secondary = primary, secondary
         self._query_seconds, self._head_start = query_seconds, head_start_seconds
         self._clock = clock
+        self._open = False
         self._probe: asyncio.Task[QueryVector] | None = None
         self._state = FallbackState(primary.endpoint.name, primary.model, datetime.now(UTC))
 
@@ -85,13 +86,14 @@ class FallbackEmbedder:
         """
         if self._secondary is None:
             return await self._ask(self._primary, text)
-        if self._state.active == self._primary.endpoint.name:
+        if not self._open:
             try:
                 return await self._ask(self._primary, text)
             except InputError:
                 raise
             except EmbedError as error:
-                self._switch(self._secondary, error)
+                self._note(error)
+                self._switch(opened=True)
                 return await self._ask_secondary(self._secondary, text, error)
         return await self._ask_while_open(self._secondary, text)
 
@@ -120,7 +122,7 @@ class FallbackEmbedder:
         error = probe.exception()
         if error is None or isinstance(error, InputError):
             # a refusal is an answer as well
-            self._switch(self._primary, None)
+            self._switch(opened=False)
         elif isinstance(error, EmbedError):
             self._note(error)
 
@@ -159,13 +161,17 @@ class FallbackEmbedder:
             vector, embedder.endpoint.name, embedder.model, embedder.dimensions, fell_back=False
         )
 
-    def _switch(self, to: Embedder, error: EmbedError | None) -> None:
-        if self._state.active != to.endpoint.name:
-            self._state = replace(
-                self._state, active=to.endpoint.name, model=to.model, since=datetime.now(UTC)
-            )
-        if error is not None:
-            self._note(error)
+    def _switch(self, *, opened: bool) -> None:
+        if self._secondary is None or self._open == opened:
+            return
+        self._open = opened
+        active = self._secondary if opened else self._primary
+        self._state = replace(
+            self._state,
+            active=active.endpoint.name,
+            model=active.model,
+            since=datetime.now(UTC),
+        )
 
     def _note(self, error: EmbedError) -> None:
         self._state = replace(self._state, last_error=str(error), last_error_at=datetime.now(UTC))

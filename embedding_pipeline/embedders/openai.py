@@ -38,7 +38,7 @@ class OpenAIWire:
         if self._client is None:
             self._client = openai.AsyncOpenAI(
                 # the client insists on a key, also where the server wants none
-                api_key=endpoint.api_key.get_secret_value() if endpoint.api_key else "none",
+                api_key=endpoint.key or "none",
                 base_url=endpoint.base_url,
                 max_retries=0,
                 timeout=endpoint.timeout_seconds,

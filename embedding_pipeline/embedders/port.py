@@ -50,6 +50,11 @@ class Endpoint:
         parts = urlsplit(self.base_url)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
+    @property
+    def key(self) -> str:
+        """The key, empty where there is none; a line end from a secret file is not part of it."""
+        return self.api_key.get_secret_value().strip() if self.api_key else ""
+
     def names_of(self, model: str) -> set[str]:
         """The model's name and its aliases, case folded."""
         return {name.casefold() for name in (model, *self.model_aliases.get(model, []))}

@@ -37,8 +37,8 @@ class TeiWire:
         if self._session is None:
             self._verifying = asyncio.Lock()
             headers = {"content-type": "application/json"}
-            if endpoint.api_key is not None:
-                headers["authorization"] = f"Bearer {endpoint.api_key.get_secret_value()}"
+            if endpoint.key:
+                headers["authorization"] = f"Bearer {endpoint.key}"
             self._session = aiohttp.ClientSession(
                 headers=headers,
                 connector=aiohttp.TCPConnector(limit=0),

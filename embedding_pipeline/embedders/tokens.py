@@ -84,11 +84,11 @@ class TokenCounter:
             return self.roughly(text)
         return len(self._tokenizer.encode(text).ids)
 
-    def cut(self, texts: Sequence[str], limit: int) -> list[Cut]:
-        """Each text with its tokens, shortened to `limit` tokens where it is longer."""
-        return [self._cut(text, limit) for text in texts]
+    def cut(self, text: str, limit: int) -> Cut:
+        """The text with its tokens, shortened to `limit` tokens where it is longer.
 
-    def _cut(self, text: str, limit: int) -> Cut:
+        With a tokenizer some 0.2 ms for each text whose bytes are more than `limit`.
+        """
         if self.upper_bound(text) <= limit:
             return Cut(text, self.roughly(text), overlong=False)
         if self._tokenizer is None:

@@ -42,6 +42,11 @@ def transport_error(endpoint: Endpoint, error: BaseException) -> EmbedError:
     chain = list(_causes(error))
     if any(isinstance(e, aiohttp.InvalidURL | aiohttp.NonHttpUrlClientError) for e in chain):
         return GlobalError(f"{endpoint.name}: {endpoint.address!r} is not an address")
+    if any(isinstance(e, aiohttp.ClientSSLError) for e in chain):
+        return GlobalError(
+            f"{endpoint.name} at {endpoint.address}: no encrypted connection ({chain[-1]}); mend "
+            "the address or the certificate"
+        )
     if any(isinstance(e, aiohttp.ClientConnectorError) for e in chain):
         return TransientError(
             f"{endpoint.name} at {endpoint.address} cannot be reached; is it running?",

@@ -59,7 +59,7 @@ def test_the_providers_count_corrects_the_estimate() -> None:
         began = loop.time()
         for _ in range(100):
             await budget.acquire(200)
-            budget.settle(200, 100)
+            budget.release(200, 100)
         return loop.time() - began
 
     # 10,000 tokens at 6,000 a minute

@@ -62,9 +62,9 @@ def test_any_set_of_poisoned_texts_is_found_exactly(
         assert result.done.sum() == count - len(expected)
         assert np.array_equal(result.vectors[result.done], server.truth(wanted)[result.done])
         assert result.requests == server.count.requests
-        # each culprit costs at most two requests a level of its batch of 32, and one probe
+        # each culprit costs at most two requests a level of its batch of 32; and plain texts
         batches = -(-count // 32)
-        assert result.requests <= batches + 2 * 5 * len(expected) + 1
+        assert result.requests <= batches + (2 * 5 + 1) * len(expected)
         await embedder.aclose()
 
     asyncio.run(main())
@@ -141,5 +141,25 @@ def test_unusual_texts_arrive_as_they_are(server: FaultServer) -> None:
             assert result.done.all()
             assert np.array_equal(result.vectors, server.truth(odd))
             await embedder.aclose()
+
+    asyncio.run(main())
+
+
+def test_a_provider_that_begins_to_refuse_everything_charges_three_rows(
+    server: FaultServer,
+) -> None:
+    """In mid-run a gateway began to answer 400 to whatever it was asked: a policy had changed.
+    The rest of the table went into quarantine."""
+    server.rule = lambda number, inputs: Status(400, words="policy") if number >= 4 else None
+
+    async def main() -> None:
+        embedder = embedder_of(endpoint_of(server, concurrency=1), server)
+        with pytest.raises(GlobalError, match=r"refuses every text.*policy") as caught:
+            await embedder.embed(texts(400))
+        partial = caught.value.partial
+        assert partial is not None
+        assert partial.done.sum() == 128
+        assert len(partial.refused) <= 3
+        await embedder.aclose()
 
     asyncio.run(main())

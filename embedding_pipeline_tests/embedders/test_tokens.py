@@ -29,7 +29,7 @@ def test_the_bound_is_never_below_the_count(text: str) -> None:
 @given(unicode_text, st.integers(3, 40))
 def test_a_cut_text_is_a_beginning_that_fits(text: str, limit: int) -> None:
     counter = token_counter(MINILM)
-    (cut,) = counter.cut([text], limit)
+    cut = counter.cut(text, limit)
     assert text.startswith(cut.text)
     assert cut.overlong == (counter.count(text) > limit)
     assert counter.count(cut.text) <= limit
@@ -41,7 +41,7 @@ def test_a_text_cut_by_the_estimate_is_the_longest_beginning_within_it(
     text: str, limit: int
 ) -> None:
     counter = TokenCounter(None, special_tokens=0)
-    (cut,) = counter.cut([text], limit)
+    cut = counter.cut(text, limit)
     assert text.startswith(cut.text)
     assert estimated_tokens(cut.text) <= max(limit, counter.upper_bound(cut.text))
     if cut.overlong:
@@ -50,7 +50,7 @@ def test_a_text_cut_by_the_estimate_is_the_longest_beginning_within_it(
 
 
 def test_a_long_text_keeps_as_many_tokens_as_the_model_reads(minilm: TokenCounter) -> None:
-    (cut,) = minilm.cut(["The quick brown fox jumps over the lazy dog. " * 100], 256)
+    cut = minilm.cut("The quick brown fox jumps over the lazy dog. " * 100, 256)
     assert cut.overlong
     assert cut.tokens == 256
 
@@ -71,7 +71,7 @@ def test_two_megabytes_are_cut_without_reading_them_all(
             return encode(text)
 
     monkeypatch.setattr(minilm, "_tokenizer", Watched())
-    (cut,) = minilm.cut(["lorem ipsum dolor " * 120_000], 256)
+    cut = minilm.cut("lorem ipsum dolor " * 120_000, 256)
     assert cut.tokens == 256
     assert longest < 20_000
 
@@ -79,7 +79,7 @@ def test_two_megabytes_are_cut_without_reading_them_all(
 def test_a_long_run_without_spaces_is_not_cut_needlessly(minilm: TokenCounter) -> None:
     """WordPiece reads a word of more than 100 characters as one unknown token: 200 kB of base64
     are within the limit, and cutting them would change the vector."""
-    (cut,) = minilm.cut(["A" * 200_000], 256)
+    cut = minilm.cut("A" * 200_000, 256)
     assert not cut.overlong
     assert cut.tokens == 3
 
