@@ -11,23 +11,14 @@ from embedding_pipeline.spec_files import load_table_files
 EXTRA_FOLDER_VARIABLE = "EMBEDDING_PIPELINE_DEFS"
 """A folder of further tables, outside this package: `<folder>/<table>/defs.yaml`."""
 
-CONSOLE_VARIABLE = "EMBEDDING_PIPELINE_CONSOLE"
-"""Lowest level of run logs on the console; the UI shows them all."""
-
 
 @dg.definitions
 def defs() -> dg.Definitions:
     """Every table of `defs/`, and those of the extra folder where one is named."""
     shipped = dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
     extra = os.environ.get(EXTRA_FOLDER_VARIABLE)
-    further = load_table_files(Path(extra)) if extra else []
-    level = os.environ.get(CONSOLE_VARIABLE, "INFO")
+    if not extra:
+        return shipped
     return dg.Definitions.merge(
-        shipped,
-        *(table_definitions(file) for file in further),
-        dg.Definitions(
-            # a step of its own process costs seconds to start; the run is the unit of scaling out
-            executor=dg.in_process_executor,
-            loggers={"console": dg.colored_console_logger.configured({"log_level": level})},
-        ),
+        shipped, *(table_definitions(file) for file in load_table_files(Path(extra)))
     )

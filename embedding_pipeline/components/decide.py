@@ -13,8 +13,6 @@ from embedding_pipeline.store.lease import LeaseRow
 STARTING_SECONDS = 300.0
 """A run that was requested and has not taken its lease after this long no longer counts: its
 process died before it began."""
-SHARED_RUN_ROWS = 500
-"""Up to so many rows, columns of a table share a run."""
 QUALITY_EVERY_SECONDS = 600.0
 """A live writer brings a column to zero pending again and again; evaluating costs a full scan."""
 
@@ -27,8 +25,6 @@ class RunInFlight:
     partitions: frozenset[str]
     age_seconds: float
     """Since it was created."""
-    alive: bool = False
-    """It holds a live lease on some column, so it will come to its other columns."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +42,11 @@ class ColumnFacts:
 
 @dataclass(frozen=True)
 class Request:
-    """A run to ask for: a contiguous range of partitions, of one column or of several."""
+    """A run to ask for: a contiguous range of one column's partitions."""
 
-    columns: tuple[str, ...]
+    column: str
     partitions: tuple[str, ...]
     rows: int
-    """Of the column that has most."""
 
 
 @dataclass(frozen=True)
@@ -85,30 +80,7 @@ def decide(columns: Sequence[ColumnFacts], order: Sequence[str], rows_per_run: i
         free, why = _free(facts)
         reasons += why
         requests += ranges(facts.column, {k: facts.pending[k] for k in free}, order, rows_per_run)
-    return Decision(_together(requests), reasons)
-
-
-def _together(requests: Sequence[Request]) -> list[Request]:
-    """Let columns share a run where their few rows lie in the same partitions.
-
-    A run takes seconds to start, and an edited row is pending in every column. Many rows stay
-    apart, so that the columns are filled side by side.
-    """
-    merged: dict[tuple[str, ...], Request] = {}
-    apart: list[Request] = []
-    for request in requests:
-        if request.rows > SHARED_RUN_ROWS:
-            apart.append(request)
-            continue
-        other = merged.get(request.partitions)
-        if other is not None:
-            request = Request(
-                other.columns + request.columns,
-                request.partitions,
-                max(other.rows, request.rows),
-            )
-        merged[request.partitions] = request
-    return [*merged.values(), *apart]
+    return Decision(requests, reasons)
 
 
 def _free(facts: ColumnFacts) -> tuple[list[str], list[str]]:
@@ -123,7 +95,7 @@ def _free(facts: ColumnFacts) -> tuple[list[str], list[str]]:
                 run.run_id
                 for run in facts.in_flight
                 if partition in run.partitions
-                and (run.alive or run.age_seconds < STARTING_SECONDS)
+                and run.age_seconds < STARTING_SECONDS
                 and not (lease is not None and lease.run_id == run.run_id and not lease.live)
             ),
             None,
@@ -168,9 +140,7 @@ def ranges(
         else:
             groups.append([key])
             rows = pending[key]
-    return [
-        Request((column,), tuple(group), sum(pending[key] for key in group)) for group in groups
-    ]
+    return [Request(column, tuple(group), sum(pending[key] for key in group)) for group in groups]
 
 
 def wants_evaluation(

@@ -58,7 +58,7 @@ class EmbeddedTable(dg.Component):
     @classmethod
     def get_spec(cls) -> dg.ComponentTypeSpec:
         return dg.ComponentTypeSpec(
-            description="A table's embedding columns: partitioned assets, checks and a sensor."
+            description="A table's embedding columns as partitioned assets with checks and a sensor."
         )
 
     @classmethod

@@ -1,1 +1,0 @@
-"""What a data engineer sees: the Dagster UI, driven in headless Chromium."""
