@@ -16,3 +16,8 @@ def __getattr__(name: str) -> Any:
 
         return EmbeddedTable
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    # `dg` finds component types by listing this module
+    return sorted({*globals(), *__all__})

@@ -388,8 +388,12 @@ def _files(files: "list[TableFile]", tables: Sequence[str]) -> "list[TableFile]"
 
 
 def _job() -> Any:
-    from embedding_pipeline.definitions import defs
+    import os
 
+    from embedding_pipeline.definitions import CONSOLE_VARIABLE, defs
+
+    # the runs' own logs are for the UI; here the bars and the closing table speak
+    os.environ.setdefault(CONSOLE_VARIABLE, "CRITICAL")
     return defs().resolve_implicit_global_asset_job_def()
 
 
@@ -411,7 +415,9 @@ def _config(
 def _console() -> "Console":
     from rich.console import Console
 
-    return Console(soft_wrap=True, highlight=False, markup=False)
+    # elsewhere than on a terminal, lines are for a file: never wrapped
+    width = None if sys.stdout.isatty() else 240
+    return Console(width=width, soft_wrap=True, highlight=False, markup=False)
 
 
 class _Bar:
@@ -536,7 +542,7 @@ def _closing_table(
                     _figure(seen.hit_at_1 if seen else None),
                     f"{result.passed}/{result.checks}",
                 )
-    console.print(table, soft_wrap=not console.is_terminal)
+    console.print(table)
 
 
 def _figure(value: float | None) -> str:

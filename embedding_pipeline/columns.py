@@ -15,24 +15,26 @@ def select(
     PipelineError for a name that does not exist, naming the ones that do.
     """
     files = list(files)
+    if not files:
+        raise PipelineError(
+            "no table is declared: add a folder with a defs.yaml under embedding_pipeline/defs"
+        )
     known = {file.spec.table for file in files}
     for table in tables:
         if table not in known:
             raise PipelineError(
                 f"there is no table {table!r}; the YAML declares: {', '.join(sorted(known))}"
             )
-    chosen = []
-    for file in files:
-        if tables and file.spec.table not in tables:
-            continue
-        embeddings = [e for e in file.spec.embeddings if not columns or e.column in columns]
-        if embeddings:
-            chosen.append((file, embeddings))
-    if not chosen:
-        every = sorted({e.column for file in files for e in file.spec.embeddings})
-        raise PipelineError(
-            f"no table has a column {', '.join(columns)}; known columns: {', '.join(every)}"
-            if every
-            else "no table is declared: add a folder with a defs.yaml under embedding_pipeline/defs"
-        )
-    return chosen
+    wanted = [file for file in files if not tables or file.spec.table in tables]
+    every = {embedding.column: None for file in wanted for embedding in file.spec.embeddings}
+    for column in columns:
+        if column not in every:
+            raise PipelineError(
+                f"there is no column {column!r} in {', '.join(file.spec.table for file in wanted)};"
+                f" the YAML declares: {', '.join(every)}"
+            )
+    chosen = [
+        (file, [each for each in file.spec.embeddings if not columns or each.column in columns])
+        for file in wanted
+    ]
+    return [(file, embeddings) for file, embeddings in chosen if embeddings]

@@ -23,7 +23,11 @@ class PostgresStorage(DagsterPostgresStorage):
         return {}
 
     @classmethod
-    def from_config_value(cls, inst_data: ConfigurableClassData | None, config_value: Any) -> Self:
+    def from_config_value(
+        cls,
+        inst_data: ConfigurableClassData | None,
+        config_value: Any,  # noqa: ARG003 - Dagster's signature; there is nothing to configure
+    ) -> Self:
         return cls(postgres_url=dagster_url(), should_autocreate_tables=True, inst_data=inst_data)
 
 

@@ -6,19 +6,38 @@ from pathlib import Path
 import dagster as dg
 
 from embedding_pipeline.components.embedded_table import table_definitions
-from embedding_pipeline.spec_files import load_table_files
+from embedding_pipeline.errors import PipelineError
+from embedding_pipeline.spec_files import DEFS_FOLDER, TableFile, all_table_files
 
-EXTRA_FOLDER_VARIABLE = "EMBEDDING_PIPELINE_DEFS"
-"""A folder of further tables, outside this package: `<folder>/<table>/defs.yaml`."""
+CONSOLE_VARIABLE = "EMBEDDING_PIPELINE_CONSOLE"
+"""Lowest level of run logs on the console; the UI shows them all."""
 
 
 @dg.definitions
 def defs() -> dg.Definitions:
-    """Every table of `defs/`, and those of the extra folder where one is named."""
-    shipped = dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
-    extra = os.environ.get(EXTRA_FOLDER_VARIABLE)
-    if not extra:
-        return shipped
+    """Every table of `defs/`, and those of the folder that EMBEDDING_PIPELINE_DEFS names."""
+    tables = _table_files()
+    level = os.environ.get(CONSOLE_VARIABLE, "INFO")
     return dg.Definitions.merge(
-        shipped, *(table_definitions(file) for file in load_table_files(Path(extra)))
+        dg.load_from_defs_folder(path_within_project=Path(__file__).parent),
+        *(
+            table_definitions(table)
+            for table in tables
+            if not table.path.is_relative_to(DEFS_FOLDER)
+        ),
+        dg.Definitions(
+            # a step of its own process costs seconds to start; the run is the unit of scaling out
+            executor=dg.in_process_executor,
+            loggers={"console": dg.colored_console_logger.configured({"log_level": level})},
+        ),
     )
+
+
+def _table_files() -> list[TableFile]:
+    """Every table, read before Dagster reads them: of a mistake in one it would show a tree of
+    components and two stacks, and of mistakes in two files only the first."""
+    try:
+        return all_table_files()
+    except PipelineError as error:
+        # a new one, whose stack is this line: where in our code a mistake is found is no news
+        raise type(error)(str(error)) from None

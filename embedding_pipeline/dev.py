@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from embedding_pipeline.components.sensor import SENSORS_VARIABLE
+from embedding_pipeline.definitions import CONSOLE_VARIABLE
 from embedding_pipeline.main_job import prepare, use_project_instance
 from embedding_pipeline.settings import PROJECT_ROOT, load_settings
 from embedding_pipeline.spec_files import load_table_files
@@ -26,7 +27,11 @@ def serve(host: str, port: int, sensors: bool) -> int:
     click.echo(f"tables       {', '.join(file.spec.table for file in files)}")
     click.echo(f"sensors      {'on' if sensors else 'off'}")
     click.echo("Ctrl-C stops everything.")
-    environment = {**os.environ, SENSORS_VARIABLE: "on" if sensors else "off"}
+    environment = {
+        **os.environ,
+        SENSORS_VARIABLE: "on" if sensors else "off",
+        CONSOLE_VARIABLE: os.environ.get(CONSOLE_VARIABLE, "WARNING"),
+    }
     process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
         [
             *(sys.executable, "-m", "dagster", "dev"),

@@ -89,7 +89,7 @@ def embed_column(
     options: Options,
     *,
     run_id: str | None = None,
-    report: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> ColumnRun:
     """Bring partitions of a column up to date under a lease, and account for it.

@@ -5,7 +5,7 @@ show in the UI like any other. The command line prints what this returns.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import dagster as dg
@@ -16,7 +16,7 @@ from embedding_pipeline.components.assets import listeners
 from embedding_pipeline.components.decide import ColumnFacts, dead_leases, ranges
 from embedding_pipeline.components.sensor import quality_checks, reap
 from embedding_pipeline.settings import PROJECT_ROOT, load_settings
-from embedding_pipeline.spec import EmbeddingSpec
+from embedding_pipeline.spec import EmbeddingSpec, dagster_name
 from embedding_pipeline.spec_files import TableFile
 from embedding_pipeline.store.catalogue import bind_columns
 from embedding_pipeline.store.column import Column
@@ -116,24 +116,25 @@ def embed(
             {
                 **names.range_tags(request.partitions[0], request.partitions[-1]),
                 names.TABLE_TAG: table.asset_name,
-                names.COLUMN_TAG: embedding.column,
+                names.COLUMN_TAG: dagster_name(embedding.column),
             },
             {"ops": {key.to_python_identifier(): {"config": run_config}}} if run_config else {},
             on_progress,
         )
-        written = 0
+        written, seconds = 0.0, 0.0
         for event in outcome.all_events:
             if event.is_step_materialization and event.asset_key == key:
                 figures = event.step_materialization_data.materialization.metadata
                 written += sum(_number(figures, name) for name in ("embedded", "reused", "cleared"))
                 result.tokens += int(_number(figures, "tokens"))
                 result.cost += _number(figures, "cost_usd")
+                seconds = _number(figures, "run_seconds")
             if event.is_failure and event.is_step_event:
                 result.errors.append(_step_error(event))
         result.embedded += int(written)
         if left is not None:
             left -= written
-        result.seconds += _seconds(outcome)
+        result.seconds += seconds
         if not outcome.success:
             return
 
@@ -188,13 +189,12 @@ def _execute(
     on_progress: Callable[[Progress], None] | None = None,
 ) -> dg.ExecuteInProcessResult:
     subset = job.get_subset(asset_selection=set(assets), asset_check_selection=set(checks))
-    quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
     if on_progress is not None:
         listeners.append(on_progress)
     try:
         return subset.execute_in_process(
             instance=instance,
-            run_config={**run_config, **quiet},
+            run_config=run_config,
             tags=tags,
             raise_on_error=False,
         )
@@ -203,22 +203,21 @@ def _execute(
             listeners.remove(on_progress)
 
 
-def _number(figures: object, name: str) -> float:
-    value = getattr(figures.get(name), "value", 0) if isinstance(figures, dict) else 0
-    return float(value or 0)
-
-
-def _seconds(outcome: dg.ExecuteInProcessResult) -> float:
-    times = [
-        event.timestamp
-        for event in outcome.all_events
-        if event.is_step_event and event.event_type_value in {"STEP_START", "STEP_SUCCESS"}
-    ]
-    return max(times) - min(times) if times else 0.0
+def _number(figures: Mapping[str, dg.MetadataValue], name: str) -> float:
+    value = figures.get(name)
+    return (
+        float(value.value)
+        if isinstance(value, dg.FloatMetadataValue | dg.IntMetadataValue)
+        and value.value is not None
+        else 0.0
+    )
 
 
 def _step_error(event: dg.DagsterEvent) -> str:
     data = event.step_failure_data
     if data.user_failure_data is not None and data.user_failure_data.description:
         return str(data.user_failure_data.description)
-    return str(data.error.message if data.error else event.message).strip()
+    error = data.error
+    while error is not None and error.cause is not None:
+        error = error.cause
+    return (error.message if error is not None else event.message or "").strip()

@@ -6,6 +6,7 @@ name a model or a width (`EMBEDDING_MODEL`, `EMBEDDING_OPENAI_MODEL`,
 """
 
 import os
+from collections.abc import Mapping
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from embedding_pipeline.errors import SettingsError
 
@@ -34,25 +40,43 @@ class EmbeddingMode(StrEnum):
     FALLBACK = "fallback"
 
 
+class _Variables(EnvSettingsSource):
+    """The environment, where a blank variable counts as unset and blanks around one as nothing."""
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        found = super()._load_env_vars()
+        return {name: value.strip() for name, value in found.items() if value and value.strip()}
+
+
 class Settings(BaseSettings):
     """Every setting with its default; `load_settings` is the way to get one."""
 
-    model_config = SettingsConfigDict(
-        extra="ignore", hide_input_in_errors=True, env_ignore_empty=True
-    )
+    model_config = SettingsConfigDict(extra="ignore", hide_input_in_errors=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is given, and the environment."""
+        return init_settings, _Variables(settings_cls)
 
     database_url: SecretStr | None = Field(
         None, validation_alias=AliasChoices("DATABASE_URL", "POSTGRES_URL")
     )
     dagster_database_url: SecretStr | None = None
     openai_api_key: SecretStr | None = None
-    openai_base_url: str | None = None
+    openai_base_url: str | None = Field(None, repr=False)
     embedding_mode: EmbeddingMode = EmbeddingMode.SERVER
-    embedding_service_url: str | None = None
+    embedding_service_url: str | None = Field(None, repr=False)
     embedding_model: str | None = None
     embedding_openai_api_key: SecretStr | None = None
     embedding_openai_model: str | None = None
-    embedding_openai_base_url: str | None = None
+    embedding_openai_base_url: str | None = Field(None, repr=False)
     embedding_openai_dimensions: int | None = Field(None, ge=1, le=16000)
     use_embedding_api: bool = False
     use_vector_1536: bool = False
@@ -60,6 +84,8 @@ class Settings(BaseSettings):
     alert_urls: SecretStr | None = None
 
     embedding_pipeline_home: Path = PROJECT_ROOT / ".local"
+    embedding_pipeline_defs: Path | None = None
+    """A folder of further tables, outside this package: `<folder>/<table>/defs.yaml`."""
     embedding_pipeline_environment: str = Field("default", pattern=r"^[A-Za-z0-9_.-]{1,63}$")
 
     @field_validator("database_url", "dagster_database_url")
@@ -75,13 +101,14 @@ class Settings(BaseSettings):
         if value is None:
             return None
         if not value.startswith(("http://", "https://")):
-            raise ValueError(f"must start with http:// or https://, not {value!r}")
+            # not shown: an address may carry a password, and a key may be pasted here by mistake
+            raise ValueError("must start with http:// or https:// (its value is not shown)")
         return value.rstrip("/")
 
-    @field_validator("embedding_pipeline_home")
+    @field_validator("embedding_pipeline_home", "embedding_pipeline_defs")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().resolve()
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value.expanduser().resolve() if value else None
 
     @property
     def openai_key(self) -> SecretStr | None:
@@ -122,9 +149,22 @@ def _read_dotenv() -> None:
 
     path = PROJECT_ROOT / ".env"
     if path.is_file():
-        for name, value in dotenv_values(path).items():
+        try:
+            values = dotenv_values(path)
+        except UnicodeDecodeError as error:
+            raise SettingsError(f"{path}: not UTF-8 text; save the file as UTF-8") from error
+        for name, value in values.items():
             if value:
                 os.environ.setdefault(name, value)
+
+
+_EXPECTED = {
+    # pydantic's error types → what to say instead
+    "bool_parsing": "must be true or false",
+    "int_parsing": "must be a whole number",
+    "float_parsing": "must be a number",
+    "string_pattern_mismatch": "must be 1 to 63 letters, digits, dots, hyphens or underscores",
+}
 
 
 @cache
@@ -141,6 +181,7 @@ def load_settings() -> Settings:
         lines = []
         for problem in error.errors(include_url=False, include_input=False, include_context=False):
             name = "_".join(str(part) for part in problem["loc"]).upper()
-            message = problem["msg"].removeprefix("Value error, ")
+            message = _EXPECTED.get(problem["type"]) or problem["msg"]
+            message = message.removeprefix("Value error, ").replace("Input should be", "must be")
             lines.append(f"{name}: {message}" if name else message)
         raise SettingsError("wrong settings:\n  " + "\n  ".join(lines)) from None

@@ -3,12 +3,25 @@
 Nothing here knows Dagster or the database. `spec_files.py` reads these from `defs.yaml`.
 """
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 RECIPE_VERSION = 1
 """Part of every recipe: raised when this project itself turns texts into vectors differently."""
@@ -27,32 +40,82 @@ HNSW_MAX_DIMENSIONS = 2000
 """pgvector's limit for an HNSW index on the `vector` type (pgvector README, "HNSW")."""
 
 
+MAX_NAME_BYTES = 63
+"""Postgres cuts longer identifiers silently (NAMEDATALEN is 64)."""
+
+
+def mistake(message: str, *at: str | int) -> PydanticCustomError:
+    """A validation error of a whole model that says which key inside it is wrong (`at`)."""
+    return PydanticCustomError("mistake", "{message}", {"message": message, "at": at})
+
+
+def _no_bool(value: Any) -> Any:
+    # YAML reads `yes` and `on` as true, and pydantic would read that as 1
+    if isinstance(value, bool):
+        raise PydanticCustomError("not_a_number", "must be a number")
+    return value
+
+
+def _storable(value: str) -> str:
+    if "\x00" in value:
+        raise ValueError("has a NUL character, which Postgres cannot store")
+    return value
+
+
+def _identifier(value: str) -> str:
+    if len(value.encode()) > MAX_NAME_BYTES:
+        raise ValueError(
+            f"is longer than {MAX_NAME_BYTES} bytes, where Postgres cuts names: {value[:20]}…"
+        )
+    return value
+
+
+def _expression(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be blank: a column's name, or an SQL expression over the row")
+    return value
+
+
+def _owner(value: str) -> str:
+    # Dagster's own rule; it would name the asset instead of the file
+    if not re.fullmatch(r"team:.+|[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,7}", value):
+        raise ValueError("must be an email address, or a team written team:name")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
+Identifier = Annotated[
+    str, Field(min_length=1), AfterValidator(_storable), AfterValidator(_identifier)
+]
+Expression = Annotated[str, AfterValidator(_storable), AfterValidator(_expression)]
+Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Owner = Annotated[str, AfterValidator(_owner)]
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=False)
-
-
-Identifier = Annotated[str, Field(min_length=1, max_length=63)]
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class HashPartitions(_Strict):
     """A fixed number of buckets by a hash of the key; for tables without a natural partition."""
 
     by: Literal["hash"]
-    buckets: int = Field(8, ge=1, le=1024)
+    buckets: Whole = Field(8, ge=1, le=1024, description="How many.")
 
 
 class ColumnPartitions(_Strict):
     """One partition for each value of a column, following the data."""
 
     by: Literal["column"]
-    column: Identifier
+    column: Identifier = Field(description="The column whose values are the partitions.")
 
 
 class MonthPartitions(_Strict):
     """One partition for each month (UTC) of a date or timestamp column, following the data."""
 
     by: Literal["month"]
-    column: Identifier
+    column: Identifier = Field(description="The date or timestamp column.")
 
 
 Partitions = Annotated[
@@ -63,30 +126,61 @@ Partitions = Annotated[
 class EmbeddingSpec(_Strict):
     """One embedding column: which model fills it and what is expected of it."""
 
-    column: Identifier
-    dimensions: int = Field(ge=1, le=HNSW_MAX_DIMENSIONS)
-    provider: str = Field(min_length=1)
-    model: str = Field(min_length=1)
-    baseline: str | None = None
-    prefix: str = ""
-    overlong: Literal["truncate", "quarantine"] = "truncate"
-    reuse: bool = False
-    mrr_floor: float = Field(0.3, ge=0, le=1)
-    baseline_ratio: float = Field(0.9, gt=0, le=2)
-    recall_floor: float = Field(0.9, ge=0, le=1)
-    max_pending_minutes: float = Field(60, gt=0)
-    max_quarantined_share: float = Field(0.01, ge=0, le=1)
-    batch_size: int = Field(64, ge=1, le=2048)
-    concurrency: int = Field(8, ge=1, le=256)
+    column: Identifier = Field(description="The vector column's name.")
+    dimensions: Whole = Field(ge=1, description="The vectors' width.")
+    provider: Label = Field(
+        description="tei, openai, local, or a name that providers.yaml declares."
+    )
+    model: Label = Field(
+        description="The model's name, as its provider knows it; "
+        "such as sentence-transformers/all-MiniLM-L6-v2."
+    )
+    baseline: str | None = Field(
+        None, description="Another column of this table that this one is compared with."
+    )
+    prefix: str = Field("", description='Put before every text, such as "passage: ".')
+    overlong: Literal["truncate", "quarantine"] = Field(
+        "truncate", description="What becomes of a text longer than the model reads."
+    )
+    reuse: bool = Field(
+        False, description="Copy vectors of equal texts stored already; costs an index."
+    )
+    mrr_floor: Number = Field(0.3, ge=0, le=1, description="Least MRR@5 on the golden set.")
+    baseline_ratio: Number = Field(
+        0.9, gt=0, le=2, description="Least MRR@5 as a share of the baseline's."
+    )
+    recall_floor: Number = Field(
+        0.9, ge=0, le=1, description="Least share of the exact neighbours that the index finds."
+    )
+    max_pending_minutes: Number = Field(
+        60, gt=0, description="Rows that have been pending for longer are an error."
+    )
+    max_quarantined_share: Number = Field(
+        0.01, ge=0, le=1, description="A larger share of refused rows stops the run."
+    )
+    batch_size: Whole = Field(64, ge=1, le=2048, description="Texts in one request.")
+    concurrency: Whole = Field(8, ge=1, le=256, description="Requests in flight at once.")
+
+    @field_validator("dimensions")
+    @classmethod
+    def _can_be_indexed(cls, value: int) -> int:
+        if value > HNSW_MAX_DIMENSIONS:
+            raise ValueError(
+                f"must be at most {HNSW_MAX_DIMENSIONS}, pgvector's limit for an HNSW index; "
+                "ask the model for fewer, or take another model"
+            )
+        return value
 
     @model_validator(mode="after")
     def _width_fits_model(self) -> Self:
         known = KNOWN_WIDTHS.get(self.model)
         if known and not known[0] <= self.dimensions <= known[1]:
             gives = str(known[1]) if known[0] == known[1] else f"{known[0]} to {known[1]}"
-            raise ValueError(
-                f"column {self.column}: {self.model} gives {gives} dimensions, "
-                f"not {self.dimensions}; write dimensions: {known[1]} or name another model"
+            remedy = min(known[1], HNSW_MAX_DIMENSIONS)
+            raise mistake(
+                f"{self.model} gives {gives} dimensions, not {self.dimensions}; "
+                f"write dimensions: {remedy}, or name another model",
+                "dimensions",
             )
         return self
 
@@ -115,26 +209,47 @@ class EmbeddingSpec(_Strict):
         return short_name(self.column, "fingerprint")
 
 
+def _one_or_many(value: Any) -> str:
+    return "many" if isinstance(value, list) else "one"
+
+
 class TableSpec(_Strict):
     """One source table with its embedding columns."""
 
-    table: str = Field(min_length=1)
-    id_column: Identifier | list[Identifier] = "id"
-    text: str = Field(min_length=1)
-    eligible: str | None = Field(None, min_length=1)
-    tenant_column: Identifier | None = None
-    partitions: Partitions = HashPartitions(by="hash")
-    embeddings: list[EmbeddingSpec] = Field(min_length=1)
-    golden_set: str | None = None
-    owners: list[str] = []
-    description: str | None = None
-    rows_per_run: int = Field(100_000, ge=1)
+    table: str = Field(description="The source table: name, or schema.name.")
+    id_column: Annotated[
+        Annotated[Identifier, Tag("one")]
+        | Annotated[Annotated[list[Identifier], Field(min_length=1)], Tag("many")],
+        Discriminator(_one_or_many),
+    ] = Field("id", description="The primary key's column; a list for a composite key.")
+    text: Expression = Field(description="A column, or an SQL expression over the row.")
+    eligible: Expression | None = Field(
+        None, description="SQL condition; rows that fail it have no vector."
+    )
+    tenant_column: Identifier | None = Field(None, description="The column that separates tenants.")
+    partitions: Partitions = Field(
+        HashPartitions(by="hash"),
+        description="{by: hash, buckets: 8}, {by: column, column: …} or {by: month, column: …}.",
+    )
+    embeddings: list[EmbeddingSpec] = Field(
+        min_length=1, description="The embedding columns, each with its model."
+    )
+    golden_set: Label | None = Field(
+        None, description="File beside this one: queries with the keys that they should find."
+    )
+    owners: list[Owner] = Field([], description="Email addresses, or teams written team:name.")
+    description: str | None = Field(None, description="What the rows are.")
+    rows_per_run: Whole = Field(100_000, ge=1, description="Most rows that one run embeds.")
+
+    @field_validator("table")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        QualifiedName.parse(value)
+        return value
 
     @field_validator("id_column")
     @classmethod
-    def _some_key(cls, value: str | list[str]) -> str | list[str]:
-        if not value:
-            raise ValueError("needs at least one column: the table's primary key")
+    def _names_differ(cls, value: str | list[str]) -> str | list[str]:
         if isinstance(value, list) and len(set(value)) != len(value):
             raise ValueError("names a column twice")
         return value
@@ -142,26 +257,61 @@ class TableSpec(_Strict):
     @model_validator(mode="after")
     def _columns_fit_together(self) -> Self:
         names = [embedding.column for embedding in self.embeddings]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(
-                f"embeddings: two entries are named {twice[0]!r}; a column holds one model's "
-                "vectors only, so give each its own column"
-            )
-        for embedding in self.embeddings:
+        taken: dict[str, str] = dict.fromkeys(self.key_columns, "the key")
+        if self.tenant_column:
+            taken.setdefault(self.tenant_column, "the tenant column")
+        if not isinstance(self.partitions, HashPartitions):
+            taken.setdefault(self.partitions.column, "the partition column")
+        assets = {"retrieval_quality": "the table's evaluation"}
+        for number, embedding in enumerate(self.embeddings):
+            name, at = embedding.column, ("embeddings", number, "column")
+            if name in names[:number]:
+                raise mistake(
+                    f"{name!r} is named twice; a column holds one model's vectors only, so give "
+                    "each its own column",
+                    *at,
+                )
+            for column, what in (
+                (name, f"the vectors of {name!r}"),
+                (embedding.fingerprint_column, f"the fingerprints of {name!r}"),
+            ):
+                if column in taken:
+                    raise mistake(
+                        f"column {column!r} would hold {what}, but is already {taken[column]}; "
+                        "name the embedding column otherwise",
+                        *at,
+                    )
+                taken[column] = what
+            asset = dagster_name(name)
+            for key, what in (
+                (asset, f"the column {name!r}"),
+                (f"{asset}_index", f"the index of {name!r}"),
+            ):
+                if key in assets:
+                    raise mistake(
+                        f"Dagster's asset {key!r} would be both {assets[key]} and {what}; "
+                        "name the embedding column otherwise",
+                        *at,
+                    )
+                assets[key] = what
+        for number, embedding in enumerate(self.embeddings):
+            at = ("embeddings", number, "baseline")
             if embedding.baseline is None:
                 continue
             if embedding.baseline == embedding.column:
-                raise ValueError(f"embeddings: {embedding.column} is its own baseline")
-            if embedding.baseline not in names:
-                raise ValueError(
-                    f"embeddings: {embedding.column} names the baseline {embedding.baseline!r}, "
-                    f"which is not a column of this table; known: {', '.join(names)}"
+                others = [name for name in names if name != embedding.column]
+                raise mistake(
+                    f"{embedding.column} cannot be compared with itself; "
+                    f"name another column ({', '.join(others) or 'there is none'}), "
+                    "or leave the key out",
+                    *at,
                 )
-        taken = {*self.key_columns, self.tenant_column, getattr(self.partitions, "column", None)}
-        for name in names:
-            if name in taken:
-                raise ValueError(f"embeddings: {name!r} is also named as a key or partition column")
+            if embedding.baseline not in names:
+                raise mistake(
+                    f"{embedding.baseline!r} is not an embedding column of this table; "
+                    f"known: {', '.join(names)}",
+                    *at,
+                )
         return self
 
     @property
@@ -199,31 +349,42 @@ class QualifiedName:
     def parse(cls, text: str) -> "QualifiedName":
         """Read `t`, `s.t`, `"T.x"`, `s."T x"`; unquoted names are taken as they are written.
 
-        Unlike SQL, an unquoted name keeps its capitals: what the YAML says is what is looked up.
+        Unlike SQL, an unquoted name keeps its capitals and inner spaces: what the YAML says is
+        what is looked up. ValueError for what is no table name, or too long for Postgres.
         """
-        match = re.fullmatch(
-            r'(?:(?P<s>"(?:[^"]|"")+"|[^".]+)\.)?(?P<t>"(?:[^"]|"")+"|[^".]+)', text
-        )
+        part = r'"(?:[^"]|"")+"|[^".\s](?:[^".]*[^".\s])?'
+        match = re.fullmatch(rf"(?:(?P<schema>{part})\.)?(?P<name>{part})", text)
         if match is None:
-            raise ValueError(f'{text!r} is not a table name; write table, schema.table or "Ta.ble"')
+            raise ValueError(
+                f"{text!r} is not a table name; write table, schema.table or, for a name with "
+                """dots, quotes or outer spaces, '"Ta.ble"'"""
+            )
 
-        def bare(part: str | None) -> str | None:
-            if part is None:
-                return None
-            return part[1:-1].replace('""', '"') if part.startswith('"') else part
+        def bare(part: str) -> str:
+            name = part[1:-1].replace('""', '"') if part.startswith('"') else part
+            return _identifier(_storable(name))
 
-        name = bare(match["t"])
-        assert name is not None
-        return cls(bare(match["s"]), name)
+        return cls(bare(match["schema"]) if match["schema"] else None, bare(match["name"]))
+
+    def __str__(self) -> str:
+        """The shortest text that `parse` reads as this name."""
+        return ".".join(
+            part
+            if re.fullmatch(r'[^".\s](?:[^".]*[^".\s])?', part)
+            else '"' + part.replace('"', '""') + '"'
+            for part in (self.schema, self.name)
+            if part is not None
+        )
 
 
 def dagster_name(name: str) -> str:
     """Encode any name into Dagster's alphabet `[A-Za-z0-9_]`, reversibly.
 
-    Characters outside it become `_x<hex>_`; a literal `_x` that would read as such an escape is
-    escaped too. Plain names stay as they are.
+    Characters outside it become `_x<hex>_`; a literal `_x` that would read as the start of such
+    an escape is escaped too. Plain names stay as they are.
     """
-    escaped = re.sub(r"_x(?=[0-9a-f]+_)", "_x5f_x", name)
+    # after encoding, every character outside the alphabet begins with `_` and so ends an escape
+    escaped = re.sub(r"_x(?=[0-9a-f]+(?:_|[^A-Za-z0-9]))", "_x5f_x", name)
     return re.sub(r"[^A-Za-z0-9_]", lambda match: f"_x{ord(match[0]):x}_", escaped)
 
 
@@ -232,22 +393,22 @@ def undagster_name(name: str) -> str:
     return re.sub(r"_x([0-9a-f]+)_", lambda match: chr(int(match[1], 16)), name)
 
 
-def short_name(*parts: str, limit: int = 63) -> str:
-    """Join names with `_` into one identifier of at most `limit` bytes of UTF-8.
+def short_name(*parts: str) -> str:
+    """Join names with `_` into one identifier of at most 63 bytes of UTF-8.
 
-    Postgres truncates longer ones silently (NAMEDATALEN 64), so that two generated names, or a
-    generated name and the column it belongs to, may collide. A name that must be cut keeps a
-    readable prefix and gets a hash of the whole.
+    Postgres cuts longer ones silently, so that two generated names, or a generated name and the
+    column it belongs to, might collide. A name that must be cut keeps a readable prefix and its
+    last part, and gets a hash of the whole. Different joined names give different short ones;
+    that `a`, `b_c` and `a_b`, `c` join to the same is for the caller to refuse.
     """
-    import hashlib
-
     whole = "_".join(parts)
     raw = whole.encode()
-    if len(raw) <= limit:
+    if len(raw) <= MAX_NAME_BYTES:
         return whole
     digest = hashlib.sha256(raw).hexdigest()[:10]
-    suffix = f"_{parts[-1][:12]}_{digest}"
-    head = raw[: limit - len(suffix.encode())].decode(errors="ignore")
+    last = parts[-1].encode()[:12].decode(errors="ignore")
+    suffix = f"_{last}_{digest}"
+    head = raw[: MAX_NAME_BYTES - len(suffix.encode())].decode(errors="ignore")
     return head + suffix
 
 

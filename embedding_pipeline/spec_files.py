@@ -1,16 +1,14 @@
-"""Reading `defs/<table>/defs.yaml`: templates, types, and errors that name file and line."""
+"""Reading `defs/<table>/defs.yaml`: which files there are, and errors that name file and line."""
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from embedding_pipeline.errors import SpecError
+from embedding_pipeline.errors import SettingsError, SpecError
 from embedding_pipeline.settings import load_settings
 from embedding_pipeline.spec import (
     ColumnPartitions,
@@ -18,12 +16,14 @@ from embedding_pipeline.spec import (
     HashPartitions,
     MonthPartitions,
     TableSpec,
+    dagster_name,
+    short_name,
 )
+from embedding_pipeline.templates import resolve
+from embedding_pipeline.yaml_documents import Document, Location, dotted, read_documents
 
 COMPONENT_TYPE = "embedding_pipeline.EmbeddedTable"
 DEFS_FOLDER = Path(__file__).resolve().parent / "defs"
-
-Location = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class TableFile:
 
     spec: TableSpec
     path: Path
+    line: int = 1
+    """Where the file says `table:`."""
 
     @property
     def golden_set_path(self) -> Path | None:
@@ -39,170 +41,181 @@ class TableFile:
         return self.path.parent / self.spec.golden_set if self.spec.golden_set else None
 
 
-def template_scope() -> dict[str, Any]:
-    """What `{{ … }}` in a table's YAML may name.
+def all_table_files() -> list[TableFile]:
+    """Every table: those of `defs/` and of the folder that EMBEDDING_PIPELINE_DEFS names.
 
-    `env`: environment variables. `embedding_api.provider` and `embedding_api.model`: the model of
-    the shipped tables' 1536-dim columns, which `USE_EMBEDDING_API=true` alone decides (a key that
-    merely happens to be set spends nothing).
+    Sorted by table name. Raises SpecError with every mistake: file, line, key and remedy.
     """
-    if load_settings().use_embedding_api:
-        api = {"provider": "openai", "model": "text-embedding-3-small"}
-    else:
-        api = {"provider": "local", "model": "all-minilm-l6-v2-layers"}
-    return {"env": _Environment(os.environ), "embedding_api": api}
-
-
-class _Environment(Mapping[str, str]):
-    """`{{ env.NAME }}`; only variables that are named are ever read."""
-
-    def __init__(self, variables: Mapping[str, str]) -> None:
-        self._variables = variables
-
-    def __getitem__(self, name: str) -> str:
-        return self._variables[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._variables)
-
-    def __len__(self) -> int:
-        return len(self._variables)
+    folders = [DEFS_FOLDER]
+    extra = load_settings().embedding_pipeline_defs
+    if extra is not None:
+        if not extra.is_dir():
+            raise SettingsError(
+                f"EMBEDDING_PIPELINE_DEFS: there is no folder {extra}; "
+                "make it, with a folder for each table in it, or unset the variable"
+            )
+        folders.append(extra)
+    return _load(folders)
 
 
 def load_table_files(folder: Path = DEFS_FOLDER) -> list[TableFile]:
-    """Every `EmbeddedTable` below a folder, sorted by table name.
+    """Every `EmbeddedTable` below one folder, sorted by table name; SpecError as above."""
+    return _load([folder])
 
-    Raises SpecError for the first mistake: file, line, key and remedy.
-    """
+
+def _load(folders: Iterable[Path]) -> list[TableFile]:
     files: list[TableFile] = []
-    for path in sorted(folder.glob("**/defs.yaml")):
-        for document in _documents(path):
-            if document.type == COMPONENT_TYPE:
-                files.append(TableFile(_validate(document), path))
-    _refuse_collisions(files)
+    problems: list[str] = []
+    for path in _paths(folders, problems):
+        try:
+            files += map(_validate, _tables(path))
+        except SpecError as error:
+            problems += str(error).splitlines()
+    problems += _collisions(files)
+    if problems:
+        raise SpecError("\n".join(dict.fromkeys(problems)))
     return sorted(files, key=lambda file: file.spec.table)
 
 
-def load_table(path: Path, attributes: dict[str, Any] | None = None) -> TableFile:
-    """The one `EmbeddedTable` of a file; `attributes` picks among several documents."""
-    documents = [item for item in _documents(path) if item.type == COMPONENT_TYPE]
-    if attributes is not None and len(documents) > 1:
-        documents = [
-            item for item in documents if item.attributes.get("table") == attributes.get("table")
+def _paths(folders: Iterable[Path], problems: list[str]) -> Iterator[Path]:
+    """The `defs.yaml` files that Dagster would read too, each once."""
+    seen: set[Path] = set()
+    for folder in folders:
+        paths = [
+            path
+            for name in ("defs.yaml", "defs.yml", "component.yaml")
+            for path in folder.rglob(name)
+            if not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
         ]
-    if not documents:
-        raise SpecError(f"{path}: no document of type {COMPONENT_TYPE}")
-    return TableFile(_validate(documents[0]), path)
+        for path in sorted(paths):
+            if path.resolve() in seen:
+                continue
+            seen.add(path.resolve())
+            above = [
+                parent / "defs.yaml"
+                for parent in path.parent.parents
+                if parent.is_relative_to(folder) and (parent / "defs.yaml").is_file()
+            ]
+            if path.name != "defs.yaml":
+                problems.append(f"{path}:1: the file has to be called defs.yaml; rename it")
+            elif above and _has_table(above[0]):
+                problems.append(
+                    f"{path}:1: lies in the folder of another table ({above[0]}), where Dagster "
+                    "does not look; move it beside that folder"
+                )
+            else:
+                yield path
 
 
-@dataclass(frozen=True)
-class _Document:
-    path: Path
-    type: str
-    attributes: dict[str, Any]
-    lines: dict[Location, int]
-    """Line numbers (from 1) of every key and item, by its path inside `attributes`."""
-
-
-def _documents(path: Path) -> Iterator[_Document]:
+def _has_table(path: Path) -> bool:
     try:
-        text = path.read_text(encoding="utf-8")
-        loader = yaml.SafeLoader(text)
-        try:
-            while loader.check_node():
-                node = loader.get_node()
-                value = loader.construct_document(node)
-                if not isinstance(value, dict) or "type" not in value:
-                    line = node.start_mark.line + 1
-                    raise SpecError(
-                        f"{path}:{line}: a document needs `type: {COMPONENT_TYPE}` and"
-                        " `attributes:`"
+        return bool(_tables(path))
+    except SpecError:
+        return True  # wrong in any case: its own message stands beside this one
+
+
+def load_table(path: Path, line: int = 1) -> TableFile:
+    """The `EmbeddedTable` of a file; among several, the first that starts at `line` or later."""
+    tables = _tables(path)
+    if not tables:
+        raise SpecError(f"{path}:1: no document of type {COMPONENT_TYPE}")
+    return _validate(next((each for each in tables if (each.line or 1) >= line), tables[-1]))
+
+
+def table_from_attributes(attributes: Mapping[str, Any], folder: Path) -> TableFile:
+    """A table that no file declares, for tests and scripts; `folder` holds its golden set."""
+    return _validate(Document(folder / "defs.yaml", dict(attributes), None, {}))
+
+
+_DAGSTERS_KEYS = ("template_vars_module", "requirements", "post_processing")
+"""Dagster's component loader, which reads the package's own folder, acts on these."""
+
+
+def _tables(path: Path) -> list[Document]:
+    """The attributes of each table that a file declares.
+
+    Other components are for Dagster to load; outside the package's own folder, where it does not
+    look, they are refused. So is everything that can be wrong around `attributes:`.
+    """
+    tables = []
+    shipped = path.resolve().is_relative_to(DEFS_FOLDER)
+    for document in read_documents(path):
+        value = document.value
+        if not isinstance(value, dict) or "type" not in value:
+            raise SpecError(
+                f"{document.where()}: type: is missing; a document needs "
+                f"`type: {COMPONENT_TYPE}` and `attributes:`"
+            )
+        if value["type"] != COMPONENT_TYPE:
+            if shipped and _is_foreign(value["type"]):
+                continue
+            raise SpecError(
+                f"{document.where(('type',))}: type: unknown type {value['type']!r}; "
+                f"write {COMPONENT_TYPE}"
+            )
+        known = ["type", "attributes", *(_DAGSTERS_KEYS if shipped else ())]
+        for key in value:
+            if key not in known:
+                raise SpecError(
+                    f"{document.where((str(key),))}: {key}: "
+                    + (
+                        "belongs under attributes:; indent it"
+                        if key in TableSpec.model_fields
+                        else _unknown_key(str(key), known)
                     )
-                attributes = value.get("attributes") or {}
-                if value["type"] == COMPONENT_TYPE and not isinstance(attributes, dict):
-                    raise SpecError(f"{path}: attributes: expected keys and values")
-                yield _Document(path, str(value["type"]), attributes, _lines(node))
-        finally:
-            loader.dispose()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise SpecError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+                )
+        attributes = document.part("attributes")
+        if not isinstance(attributes.value, dict):
+            raise SpecError(
+                f"{attributes.where()}: attributes: expected keys and values: table, text, "
+                "embeddings …"
+            )
+        tables.append(attributes)
+    return tables
 
 
-def _lines(node: yaml.Node) -> dict[Location, int]:
-    lines: dict[Location, int] = {}
-
-    def walk(node: yaml.Node, location: Location) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                here = (*location, str(key.value))
-                lines[here] = key.start_mark.line + 1
-                walk(value, here)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, item in enumerate(node.value):
-                lines[(*location, index)] = item.start_mark.line + 1
-                walk(item, (*location, index))
-
-    walk(node, ())
-    return {
-        location[1:]: line for location, line in lines.items() if location[:1] == ("attributes",)
-    }
+def _is_foreign(kind: Any) -> bool:
+    """Whether a type is meant to be another package's component."""
+    return (
+        isinstance(kind, str)
+        and "." in kind
+        and not kind.startswith(COMPONENT_TYPE.partition(".")[0])
+        and not get_close_matches(kind, [COMPONENT_TYPE], cutoff=0.85)
+    )
 
 
-def _validate(document: _Document) -> TableSpec:
-    attributes = _render(document.attributes, (), document)
+def _validate(document: Document) -> TableFile:
+    """A table from its attributes; SpecError with every mistake in them."""
+    attributes = resolve(document)
     try:
         spec = TableSpec.model_validate(attributes)
     except ValidationError as error:
-        problems = [
-            _explain(problem, document)
-            for problem in error.errors(include_url=False, include_context=False)
-        ]
+        problems = [_explain(problem, document) for problem in error.errors(include_url=False)]
         raise SpecError("\n".join(dict.fromkeys(problems))) from None
-    try:
-        spec.qualified  # noqa: B018 - parsing it is the check
-    except ValueError as error:
-        raise SpecError(f"{_where(document, ('table',))}: table: {error}") from None
     if spec.golden_set and not (document.path.parent / spec.golden_set).is_file():
         raise SpecError(
-            f"{_where(document, ('golden_set',))}: golden_set: there is no file "
+            f"{document.where(('golden_set',))}: golden_set: there is no file "
             f"{spec.golden_set!r} beside {document.path.name}; write it, or leave the key out"
         )
-    return spec
+    _refuse_unknown_providers(spec, document)
+    return TableFile(spec, document.path, document.lines.get(("table",), 1))
 
 
-def _render(value: Any, location: Location, document: _Document) -> Any:
-    """Resolve `{{ … }}` in every string; what stays text stays text, numbers become numbers."""
-    if isinstance(value, dict):
-        return {key: _render(item, (*location, str(key)), document) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_render(item, (*location, i), document) for i, item in enumerate(value)]
-    if not (isinstance(value, str) and "{{" in value):
-        return value
-    from jinja2 import StrictUndefined, TemplateError
-    from jinja2.sandbox import SandboxedEnvironment
+def _refuse_unknown_providers(spec: TableSpec, document: Document) -> None:
+    from embedding_pipeline.embedders.endpoints import load_endpoints
 
-    try:
-        environment = SandboxedEnvironment(undefined=StrictUndefined)
-        return environment.from_string(value).render(template_scope())
-    except TemplateError as error:
-        name = ".".join(map(str, location))
-        raise SpecError(
-            f"{_where(document, location)}: {name}: {value!r} cannot be resolved: {error}; "
-            "set the environment variable, or write the value itself"
-        ) from None
-
-
-def _where(document: _Document, location: Location) -> str:
-    """File and line of the innermost part of a location that the file has."""
-    for length in range(len(location), 0, -1):
-        line = document.lines.get(location[:length])
-        if line is not None:
-            return f"{document.path}:{line}"
-    return str(document.path)
+    known = list(load_endpoints(load_settings()))
+    problems = []
+    for index, embedding in enumerate(spec.embeddings):
+        if embedding.provider not in known:
+            location = ("embeddings", index, "provider")
+            problems.append(
+                f"{document.where(location)}: {dotted(location)}: there is no provider "
+                f"{embedding.provider!r}{_guess(embedding.provider, known)}; "
+                f"known: {', '.join(known)}; declare further ones in providers.yaml"
+            )
+    if problems:
+        raise SpecError("\n".join(problems))
 
 
 _VARIANTS: dict[str, type[BaseModel]] = {
@@ -210,53 +223,144 @@ _VARIANTS: dict[str, type[BaseModel]] = {
     "column": ColumnPartitions,
     "month": MonthPartitions,
 }
+_PARTITIONS = "write one of {by: hash, buckets: 8}, {by: column, column: …}, {by: month, column: …}"
+_EXPECTED = {
+    # pydantic's error types → what to say instead
+    "int_type": "expected a whole number",
+    "int_parsing": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_type": "expected a number",
+    "float_parsing": "expected a number",
+    "finite_number": "expected a finite number",
+    "not_a_number": "expected a number (YAML reads yes and on as true)",
+    "bool_type": "expected true or false",
+    "bool_parsing": "expected true or false",
+    "string_type": "expected text (in quotes, where YAML would read it as something else)",
+    "list_type": "expected a list",
+    "model_type": "expected keys and values",
+    "dict_type": "expected keys and values",
+}
 
 
-def _explain(problem: Any, document: _Document) -> str:
-    # pydantic puts the discriminator's value ("hash") into the location; the file has no such key
+def _explain(problem: Any, document: Document) -> str:
+    # pydantic puts the variant that it chose ("hash", "many") into the location; the file has no
+    # such key
+    at: tuple[str | int, ...] = problem["loc"]
     location: Location = tuple(
         part
-        for index, part in enumerate(problem["loc"])
-        if not (part in _VARIANTS and index and problem["loc"][index - 1] == "partitions")
+        for index, part in enumerate(at)
+        if not (index == 1 and at[0] in ("partitions", "id_column") and isinstance(part, str))
     )
-    # a value that may be text or a list gives one problem for each; name the key, not the branch
-    location = tuple(part for part in location if not _is_branch(part))
-    name = ".".join(map(str, location)) or "attributes"
+    kind, context = problem["type"], problem.get("ctx", {})
+    written = document.written(location)
+    shown = "" if written is None or isinstance(written, dict | list) else f", not {written!r}"
     message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"])
-        close = get_close_matches(str(location[-1]), known, n=1)
-        guess = f" (did you mean {close[0]!r}?)" if close else ""
-        message = f"unknown key{guess}; known: {', '.join(known)}"
-    elif problem["type"] == "missing":
-        message = "is required; see the README, “Adding your own table”"
-    elif problem["type"].startswith("union_tag"):
-        message = (
-            "write one of {by: hash, buckets: 8}, {by: column, column: …}, {by: month, column: …}"
-        )
-    return f"{_where(document, location)}: {name}: {message}"
+    if kind == "mistake":
+        location = (*location, *context["at"])
+    elif kind == "extra_forbidden":
+        message = _unknown_key(str(location[-1]), _known_keys(at))
+    elif kind == "invalid_key":
+        location = tuple(map(str, location))
+        message = "a key has to be text; put it in quotes"
+    elif kind == "missing":
+        message = f"is missing: {_description(at)}"
+    elif location == ("partitions",):
+        message = _PARTITIONS
+    elif location == ("id_column",) and kind == "string_type":
+        message = "expected a column's name, or a list of names"
+    elif kind in _EXPECTED:
+        message = _EXPECTED[kind] + shown
+    elif kind in ("string_too_short", "too_short"):
+        message = f"must not be empty: {_description(at)}"
+    elif message.startswith("Input should be "):
+        message = message.replace("Input should be", "must be") + shown
+    return f"{document.where(location)}: {dotted(location) or 'attributes'}: {message}"
 
 
-def _is_branch(part: str | int) -> bool:
-    return isinstance(part, str) and part.startswith(("constrained-str", "list[", "function-"))
+def _model(location: Location) -> type[BaseModel]:
+    """The model whose key is the last part of a location as pydantic gives it."""
+    if location[0] == "embeddings" and len(location) > 2:
+        return EmbeddingSpec
+    if location[0] == "partitions" and len(location) > 2:
+        return _VARIANTS[str(location[1])]
+    return TableSpec
+
+
+_OTHER_NAMES = {
+    # what other tools call these keys
+    "id": "id_column",
+    "primary_key": "id_column",
+    "key": "id_column",
+    "text_column": "text",
+    "content": "text",
+    "where": "eligible",
+    "filter": "eligible",
+    "tenant": "tenant_column",
+    "columns": "embeddings",
+    "name": "column",
+    "dims": "dimensions",
+}
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    return f"unknown key{_guess(key, known)}; known: {', '.join(known)}"
+
+
+def _guess(word: str, known: list[str]) -> str:
+    other = _OTHER_NAMES.get(word, "")
+    close = [other] if other in known else get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _known_keys(location: Location) -> list[str]:
-    if location[0] == "embeddings":
-        return list(EmbeddingSpec.model_fields)
-    if location[0] == "partitions":
-        return list(_VARIANTS[str(location[1])].model_fields) if len(location) > 2 else ["by"]
-    return list(TableSpec.model_fields)
+    return list(_model(location).model_fields)
 
 
-def _refuse_collisions(files: list[TableFile]) -> None:
-    seen: dict[tuple[str, str], TableFile] = {}
+def _description(location: Location) -> str:
+    fields = _model(location).model_fields
+    names = [part for part in location if part in fields]
+    return (fields[str(names[-1])].description or "") if names else "see the README"
+
+
+def _collisions(files: list[TableFile]) -> list[str]:
+    """Names that two tables would share: in the database, or in Dagster."""
+    problems: list[str] = []
+    tables: dict[tuple[str, str], TableFile] = {}
+    assets: dict[str, TableFile] = {}
+    indexes: dict[tuple[str, str], TableFile] = {}
     for file in files:
+        where = f"{file.path}:{file.line}: table"
         name = file.spec.qualified
-        key = (name.schema or "public", name.name)
-        if key in seen:
-            raise SpecError(
-                f"{file.path}: table: {file.spec.table} is also declared in {seen[key].path}; "
+        schema = name.schema or "public"
+        first = tables.setdefault((schema, name.name), file)
+        if first is not file:
+            problems.append(
+                f"{where}: {file.spec.table} is also declared in {first.path}:{first.line}; "
                 "put all its embedding columns into one file"
             )
-        seen[key] = file
+            continue
+        for asset in _op_names(file.spec):
+            first = assets.setdefault(asset, file)
+            if first is not file:
+                problems.append(
+                    f"{where}: Dagster would call a step of {file.spec.table} {asset!r}, as one "
+                    f"of {first.spec.table} ({first.path}:{first.line}); rename an embedding column"
+                )
+                break
+        for embedding in file.spec.embeddings:
+            index = short_name(name.name, embedding.column, "pending")
+            first = indexes.setdefault((schema, index), file)
+            if first is not file:
+                problems.append(
+                    f"{where}: the index {index} of {embedding.column} would have the name of one "
+                    f"of {first.spec.table} ({first.path}:{first.line}); rename an embedding column"
+                )
+    return problems
+
+
+def _op_names(spec: TableSpec) -> Iterator[str]:
+    # Dagster joins an asset key's parts with `__` into the name of its step
+    yield f"{spec.asset_name}__retrieval_quality"
+    for embedding in spec.embeddings:
+        yield f"{spec.asset_name}__{dagster_name(embedding.column)}"
+        yield f"{spec.asset_name}__{dagster_name(embedding.column)}_index"

@@ -199,6 +199,7 @@ def _run_metadata(outcome: Outcome) -> dict[str, int | float | str | dg.Metadata
         "rows_per_second": round(outcome.total.written / outcome.seconds, 1)
         if outcome.seconds
         else 0.0,
+        "run_seconds": round(outcome.seconds, 3),
         "run_requests": outcome.requests,
         "run_throttled": outcome.throttled,
         "run_retried": outcome.retried,

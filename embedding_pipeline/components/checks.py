@@ -56,7 +56,7 @@ def column_checks(file: TableFile, embedding: EmbeddingSpec) -> list[dg.AssetChe
             f"are a warning at first and an error once they have been pending for {minutes:g} "
             "minutes; a quarantined share above "
             f"{embedding.max_quarantined_share:.1%} is an error.",
-            lambda connection, column, thorough, run_id: _coverage(connection, column, thorough),
+            lambda connection, column, thorough, _: _coverage(connection, column, thorough),
         ),
         _check(
             file,
@@ -74,9 +74,7 @@ def column_checks(file: TableFile, embedding: EmbeddingSpec) -> list[dg.AssetChe
             "vectors_valid",
             "No vector is all zeros (a cosine index leaves those out silently), and texts that "
             "differ have vectors that differ.",
-            lambda connection, column, thorough, run_id: _vectors_valid(
-                connection, column, thorough
-            ),
+            lambda connection, column, thorough, _: _vectors_valid(connection, column, thorough),
         ),
         _check(
             file,
@@ -108,7 +106,7 @@ def _check(
         try:
             column = bind_column(file.spec, embedding.column)
             with connect() as connection:
-                verdict = measure(connection, column, thorough, context.run_id)
+                verdict = measure(connection, column, thorough, context.run.run_id)
         except PipelineError as error:
             verdict = not_evaluated(str(error))
         except psycopg.Error as error:

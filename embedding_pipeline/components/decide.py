@@ -13,6 +13,8 @@ from embedding_pipeline.store.lease import LeaseRow
 STARTING_SECONDS = 300.0
 """A run that was requested and has not taken its lease after this long no longer counts: its
 process died before it began."""
+SHARED_RUN_ROWS = 500
+"""Up to so many rows, columns of a table share a run."""
 QUALITY_EVERY_SECONDS = 600.0
 """A live writer brings a column to zero pending again and again; evaluating costs a full scan."""
 
@@ -25,6 +27,8 @@ class RunInFlight:
     partitions: frozenset[str]
     age_seconds: float
     """Since it was created."""
+    alive: bool = False
+    """It holds a live lease on some column, so it will come to its other columns."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,12 @@ class ColumnFacts:
 
 @dataclass(frozen=True)
 class Request:
-    """A run to ask for: a contiguous range of one column's partitions."""
+    """A run to ask for: a contiguous range of partitions, of one column or of several."""
 
-    column: str
+    columns: tuple[str, ...]
     partitions: tuple[str, ...]
     rows: int
+    """Of the column that has most."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +82,42 @@ def decide(columns: Sequence[ColumnFacts], order: Sequence[str], rows_per_run: i
         if not facts.pending:
             reasons.append(f"{facts.column}: nothing pending")
             continue
-        free, why = _free(facts)
+        free, why = _free(facts, order)
         reasons += why
         requests += ranges(facts.column, {k: facts.pending[k] for k in free}, order, rows_per_run)
-    return Decision(requests, reasons)
+    return Decision(_together(requests), reasons)
 
 
-def _free(facts: ColumnFacts) -> tuple[list[str], list[str]]:
-    """Pending partitions that nobody works on and that are not backing off."""
+def _together(requests: Sequence[Request]) -> list[Request]:
+    """Let columns share a run where their few rows lie in the same partitions.
+
+    A run takes seconds to start, and an edited row is pending in every column. Many rows stay
+    apart, so that the columns are filled side by side.
+    """
+    merged: dict[tuple[str, ...], Request] = {}
+    apart: list[Request] = []
+    for request in requests:
+        if request.rows > SHARED_RUN_ROWS:
+            apart.append(request)
+            continue
+        other = merged.get(request.partitions)
+        if other is not None:
+            request = Request(
+                other.columns + request.columns,
+                request.partitions,
+                max(other.rows, request.rows),
+            )
+        merged[request.partitions] = request
+    return [*merged.values(), *apart]
+
+
+def _free(facts: ColumnFacts, order: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Pending partitions that nobody works on and that are not backing off; why not the others."""
     free: list[str] = []
-    held: dict[str, int] = {}
+    held: dict[str | None, int] = {}
     waiting: list[LeaseRow] = []
+    known = set(order)
+    unknown: list[str] = []
     for partition in facts.pending:
         lease = facts.leases.get(partition)
         starting = next(
@@ -95,23 +125,31 @@ def _free(facts: ColumnFacts) -> tuple[list[str], list[str]]:
                 run.run_id
                 for run in facts.in_flight
                 if partition in run.partitions
-                and run.age_seconds < STARTING_SECONDS
+                and (run.alive or run.age_seconds < STARTING_SECONDS)
                 and not (lease is not None and lease.run_id == run.run_id and not lease.live)
             ),
             None,
         )
         if lease is not None and lease.live:
-            held[lease.run_id or "outside Dagster"] = held.get(lease.run_id or "", 0) + 1
+            held[lease.run_id] = held.get(lease.run_id, 0) + 1
         elif starting is not None:
             held[starting] = held.get(starting, 0) + 1
         elif lease is not None and lease.waiting_seconds > 0:
             waiting.append(lease)
+        elif partition not in known:
+            unknown.append(partition)
         else:
             free.append(partition)
     reasons = [
-        f"{facts.column}: {count} partition{'s' * (count > 1)} in flight in run {run_id[:8]}"
+        f"{facts.column}: {count} partition{'s' * (count > 1)} in flight "
+        + (f"in run {run_id[:8]}" if run_id else "outside Dagster")
         for run_id, count in held.items()
     ]
+    if unknown:
+        reasons.append(
+            f"{facts.column}: {len(unknown)} partition{'s' * (len(unknown) > 1)} that Dagster does "
+            f"not know: {', '.join(unknown[:5])}"
+        )
     if waiting:
         soonest = min(waiting, key=lambda lease: lease.waiting_seconds)
         reasons.append(
@@ -140,7 +178,9 @@ def ranges(
         else:
             groups.append([key])
             rows = pending[key]
-    return [Request(column, tuple(group), sum(pending[key] for key in group)) for group in groups]
+    return [
+        Request((column,), tuple(group), sum(pending[key] for key in group)) for group in groups
+    ]
 
 
 def wants_evaluation(

@@ -1,9 +1,10 @@
 """The `EmbeddedTable` component: one table's YAML → its assets, checks and sensor."""
 
+from pathlib import Path
 from typing import Any, Self
 
 import dagster as dg
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from embedding_pipeline.components.assets import (
     embedding_asset,
@@ -13,32 +14,38 @@ from embedding_pipeline.components.assets import (
 )
 from embedding_pipeline.components.checks import column_checks
 from embedding_pipeline.components.sensor import table_sensor
-from embedding_pipeline.spec_files import TableFile, load_table, template_scope
+from embedding_pipeline.spec import TableSpec
+from embedding_pipeline.spec_files import TableFile, load_table, table_from_attributes
+from embedding_pipeline.templates import template_scope
 
 
 class EmbeddedTableAttributes(BaseModel):
-    """The YAML's attributes before templates are resolved; `spec.TableSpec` checks the rest.
+    """The YAML's attributes before templates are resolved.
 
-    Unknown keys are let through here on purpose: the check behind it names file, line and remedy.
+    Anything is let through on purpose: `spec.TableSpec` does the checking, with errors that name
+    file, line and remedy. The schema, for `dg` and editors, is that model's.
     """
 
     model_config = ConfigDict(extra="allow")
 
-    table: str = Field(description="Source table: name, or schema.name.")
-    id_column: str | list[str] = Field("id", description="Primary key, a list when composite.")
-    text: str = Field("", description="A column, or an SQL expression over the row.")
-    eligible: str | None = Field(
-        None, description="SQL condition; rows that fail it have no vector."
-    )
-    tenant_column: str | None = Field(None, description="Column that separates tenants.")
-    partitions: dict[str, Any] | None = Field(
-        None,
-        description="{by: hash, buckets: 8}, {by: column, column: …} or {by: month, column: …}.",
-    )
-    embeddings: list[dict[str, Any]] = Field(
-        default_factory=list, description="column, dimensions, provider, model, baseline …"
-    )
-    golden_set: str | None = Field(None, description="JSONL file beside this one.")
+    @classmethod
+    def model_json_schema(cls, *args: Any, **options: Any) -> dict[str, Any]:
+        """`TableSpec`'s schema, where a template may stand for any single value."""
+        return dict(_with_templates(TableSpec.model_json_schema(*args, **options)))
+
+
+def _with_templates(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_with_templates(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {key: _with_templates(part) for key, part in schema.items()}
+    if "enum" not in schema and schema.get("type") not in ("integer", "number", "boolean"):
+        return schema
+    described = {
+        key: schema.pop(key) for key in ("title", "description", "default") if key in schema
+    }
+    return {**described, "anyOf": [schema, {"type": "string", "pattern": r"\{\{"}]}
 
 
 class EmbeddedTable(dg.Component):
@@ -58,13 +65,18 @@ class EmbeddedTable(dg.Component):
     @classmethod
     def get_spec(cls) -> dg.ComponentTypeSpec:
         return dg.ComponentTypeSpec(
-            description="A table's embedding columns as partitioned assets with checks and a sensor."
+            description="A table's embedding columns: partitioned assets, checks and a sensor."
         )
 
     @classmethod
     def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> Self:
-        path = context.path if context.path.suffix == ".yaml" else context.path / "defs.yaml"
-        return cls(load_table(path, attributes.model_dump() if attributes else None))
+        source = context.resolution_context.source_position_tree
+        if source is not None:
+            position = source.position
+            return cls(load_table(Path(position.filename), position.start.line))
+        # not from a file: `EmbeddedTable.from_attributes_dict`
+        given = attributes.model_dump() if attributes else {}
+        return cls(table_from_attributes(given, context.path))
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002
         return table_definitions(self.file)

@@ -35,11 +35,7 @@ def evaluate_one(
 ) -> Evaluation:
     """Evaluate one column now and record it."""
     verify(connection, column, load_settings().embedding_pipeline_environment)
-    return asyncio.run(
-        evaluate_column(
-            connection, column, golden, lambda: make_embedder(column.embedding), run_id=run_id
-        )
-    )
+    return asyncio.run(evaluate_column(connection, column, golden, make_embedder, run_id=run_id))
 
 
 def evaluation_of_run(
@@ -85,7 +81,7 @@ def evaluate_table(
         raise next(iter(problems.values()))
     baselines = {item.column: item.baseline for item in file.spec.embeddings if item.baseline}
     report = quality_report(file.spec.table, evaluations, baselines, histories)
-    for name, error in problems.items():
-        report += f"\n\n**`{name}`**: {error}"
+    for name, problem in problems.items():
+        report += f"\n\n**`{name}`**: {problem}"
     metadata["report"] = dg.MetadataValue.md(report)
     return metadata

@@ -8,7 +8,7 @@ failed here, and its partitions go on.
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dagster as dg
@@ -25,7 +25,7 @@ from embedding_pipeline.components.decide import (
 )
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.settings import load_settings
-from embedding_pipeline.spec import EmbeddingSpec, TableSpec
+from embedding_pipeline.spec import EmbeddingSpec, TableSpec, dagster_name, undagster_name
 from embedding_pipeline.spec_files import TableFile
 from embedding_pipeline.store.catalogue import bind_columns
 from embedding_pipeline.store.column import Column
@@ -125,14 +125,14 @@ def _tick(instance: dg.DagsterInstance, table: TableSpec) -> _Tick:
     try:
         with connect() as connection:
             columns = _bound(connection, table)
-            facts = [
-                _column_facts(connection, instance, column, runs, log, errors) for column in columns
-            ]
+            facts = [_column_facts(connection, instance, column, log, errors) for column in columns]
             new = {key for item in facts for key in item.pending}
             added = names.add_partitions(instance, table, sorted(new))
             if added:
                 log.append(f"new partitions: {', '.join(added[:20])}")
-            decision = decide(facts, names.known_partitions(instance, table), table.rows_per_run)
+            order = names.known_partitions(instance, table)
+            facts = _with_runs(facts, runs, order)
+            decision = decide(facts, order, table.rows_per_run)
             requests = [_run_request(table, request) for request in decision.requests]
             reasons = decision.reasons
             if not requests and _wants_evaluation(connection, instance, table, facts):
@@ -150,7 +150,6 @@ def _column_facts(
     connection: "psycopg.Connection[Any]",
     instance: dg.DagsterInstance,
     column: Column,
-    runs: list[dg.RunRecord],
     log: list[str],
     errors: list[str],
 ) -> ColumnFacts:
@@ -172,12 +171,7 @@ def _column_facts(
         message = f"{name}: {str(error).strip()}"
         errors.append(message)
         return ColumnFacts(name, {}, problem=f"its pending rows could not be read: {error}")
-    return ColumnFacts(
-        name,
-        pending,
-        leases,
-        list(_in_flight(column, runs, names.known_partitions(instance, column.table))),
-    )
+    return ColumnFacts(name, pending, leases)
 
 
 def reap(
@@ -213,28 +207,35 @@ def _unfinished_runs(instance: dg.DagsterInstance, table: TableSpec) -> list[dg.
     )
 
 
-def _in_flight(column: Column, runs: list[dg.RunRecord], order: list[str]) -> Iterator[RunInFlight]:
+def _with_runs(
+    facts: list[ColumnFacts], runs: list[dg.RunRecord], order: list[str]
+) -> list[ColumnFacts]:
+    """The same facts with each column's runs in flight."""
+    alive = {lease.run_id for item in facts for lease in item.leases.values() if lease.live}
+    in_flight: dict[str, list[RunInFlight]] = {item.column: [] for item in facts}
     for record in runs:
-        tags = record.dagster_run.tags
-        if tags.get(names.COLUMN_TAG) != column.embedding.column:
-            continue
-        yield RunInFlight(
-            record.dagster_run.run_id,
-            frozenset(names.partitions_of_range(tags, order)),
+        run = record.dagster_run
+        known = RunInFlight(
+            run.run_id,
+            frozenset(names.partitions_of_range(run.tags, order)),
             time.time() - record.create_timestamp.timestamp(),
+            run.run_id in alive,
         )
+        for column in map(undagster_name, run.tags.get(names.COLUMN_TAG, "").split(",")):
+            if column in in_flight:
+                in_flight[column].append(known)
+    return [replace(item, in_flight=in_flight[item.column]) for item in facts]
 
 
 def _run_request(table: TableSpec, request: Request) -> dg.RunRequest:
-    embedding = table.embedding(request.column)
-    key = names.column_key(table, embedding)
+    keys = [names.column_key(table, table.embedding(column)) for column in request.columns]
     return dg.RunRequest(
-        asset_selection=[key],
-        asset_check_keys=[dg.AssetCheckKey(key, "coverage")],
+        asset_selection=keys,
+        asset_check_keys=[dg.AssetCheckKey(key, "coverage") for key in keys],
         tags={
             **names.range_tags(request.partitions[0], request.partitions[-1]),
             names.TABLE_TAG: table.asset_name,
-            names.COLUMN_TAG: request.column,
+            names.COLUMN_TAG: ",".join(map(dagster_name, request.columns)),
         },
     )
 

@@ -8,6 +8,7 @@ from embedding_pipeline.embedders.errors import (
     TransientError,
 )
 from embedding_pipeline.embedders.factory import create_embedder
+from embedding_pipeline.embedders.fallback import FallbackEmbedder, FallbackState, QueryVector
 from embedding_pipeline.embedders.port import Embedder, EmbedResult, Endpoint
 
 __all__ = [
@@ -15,8 +16,11 @@ __all__ = [
     "EmbedResult",
     "Embedder",
     "Endpoint",
+    "FallbackEmbedder",
+    "FallbackState",
     "GlobalError",
     "InputError",
+    "QueryVector",
     "TransientError",
     "create_embedder",
     "load_endpoints",

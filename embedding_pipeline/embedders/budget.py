@@ -23,31 +23,50 @@ class Budget(Protocol):
         """Wait until one request of so many (estimated) tokens may be sent."""
         ...
 
-    def settle(self, estimated: int, used: int) -> None:
-        """Give back, or draw later, what the estimate was wrong by."""
+    def release(self, tokens: int, used: int | None) -> None:
+        """That request has ended, once for each `acquire` that returned.
+
+        `used` is the provider's count of its tokens: 0 when it was not sent after all, None when
+        it failed and nobody knows.
+        """
         ...
 
     def learn(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
-        """Take over limits that the provider named in its headers, where none were set."""
+        """Take over limits that the provider named in an answer; what the YAML sets stays."""
         ...
 
 
+SHARE = 0.98
+"""Of a limit that is drawn: the provider's clock and count are not ours."""
+
+BURST_SECONDS = 0.05
+"""How much may be drawn at once after a pause. Limits per minute are enforced over less than a
+minute: OpenAI's rate-limit guide says that 60,000 may mean 1,000 a second."""
+
+
 class _Bucket:
-    """Fills at `per_minute`/60 a second up to `burst`; may go below zero (a debt)."""
+    """Fills evenly up to a burst; may go below zero, a debt that later requests wait for."""
 
-    def __init__(self, per_minute: float, burst_seconds: float, now: float) -> None:
-        self.rate = per_minute / 60
-        self.burst = max(1.0, self.rate * burst_seconds)
-        self.level = self.burst
-        self.filled_at = now
+    def __init__(self, per_minute: int, now: float) -> None:
+        self.per_minute = per_minute
+        self._rate = SHARE * per_minute / 60
+        self._burst = max(1.0, self._rate * BURST_SECONDS)
+        self._level = self._burst
+        self._filled_at = now
 
-    def fill(self, now: float) -> None:
-        self.level = min(self.burst, self.level + (now - self.filled_at) * self.rate)
-        self.filled_at = now
+    def wait_for(self, amount: float, now: float) -> float:
+        """Seconds until so much may be used; more than the burst only needs a full bucket."""
+        level = self._level + (now - self._filled_at) * self._rate
+        return max(0.0, (min(amount, self._burst) - level) / self._rate)
 
-    def wait_for(self, amount: float) -> float:
-        """Seconds until `amount` is there; more than the burst only needs a full bucket."""
-        return max(0.0, (min(amount, self.burst) - self.level) / self.rate)
+    def draw(self, amount: float, at: float) -> None:
+        """Take the amount at a time that may lie ahead."""
+        level = self._level + (at - self._filled_at) * self._rate
+        self._level, self._filled_at = min(self._burst, level) - amount, at
+
+    def give_back(self, amount: float) -> None:
+        """Correct what was drawn; a negative amount draws more."""
+        self._level += amount
 
 
 class TokenBucket:
@@ -58,44 +77,48 @@ class TokenBucket:
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
         *,
-        burst_seconds: float = 1.0,
         sleep: Sleep = asyncio.sleep,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._sleep, self._clock, self._burst_seconds = sleep, clock, burst_seconds
+        self._sleep, self._clock = sleep, clock
         self._lock = threading.Lock()
-        self._fixed = (requests_per_minute is not None, tokens_per_minute is not None)
-        self._requests = self._bucket(requests_per_minute)
-        self._tokens = self._bucket(tokens_per_minute)
-
-    def _bucket(self, per_minute: int | None) -> _Bucket | None:
-        return _Bucket(per_minute, self._burst_seconds, self._clock()) if per_minute else None
+        self._learns = (requests_per_minute is None, tokens_per_minute is None)
+        self._requests = self._renewed(None, requests_per_minute)
+        self._tokens = self._renewed(None, tokens_per_minute)
 
     async def acquire(self, tokens: int) -> None:
-        """Wait for the place in the queue: first come, first served, by debt."""
+        """First come, first served: each waits for the debt that it finds."""
+        drawn = [(self._requests, 1), (self._tokens, tokens)]
         with self._lock:
-            wait, now = 0.0, self._clock()
-            for bucket, amount in ((self._requests, 1.0), (self._tokens, float(tokens))):
-                if bucket is not None:
-                    bucket.fill(now)
-                    wait = max(wait, bucket.wait_for(amount))
-                    bucket.level -= amount
+            now = self._clock()
+            waits = [bucket.wait_for(amount, now) for bucket, amount in drawn if bucket]
+            wait = max(waits, default=0.0)
+            for bucket, amount in drawn:
+                if bucket:
+                    bucket.draw(amount, now + wait)
         if wait > 0:
             await self._sleep(wait)
 
-    def settle(self, estimated: int, used: int) -> None:
-        """Correct the token bucket by the provider's own count."""
+    def release(self, tokens: int, used: int | None) -> None:
+        """Correct the tokens by the provider's own count."""
+        if used is None:
+            return
         with self._lock:
             if self._tokens is not None:
-                self._tokens.level += estimated - used
+                self._tokens.give_back(tokens - used)
 
     def learn(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
-        """What the YAML sets stays; what the headers say fills the gaps."""
+        """Fill the gaps that the YAML leaves; a changed limit replaces what was learnt."""
         with self._lock:
-            if requests_per_minute and not self._fixed[0] and self._requests is None:
-                self._requests = self._bucket(requests_per_minute)
-            if tokens_per_minute and not self._fixed[1] and self._tokens is None:
-                self._tokens = self._bucket(tokens_per_minute)
+            if self._learns[0]:
+                self._requests = self._renewed(self._requests, requests_per_minute)
+            if self._learns[1]:
+                self._tokens = self._renewed(self._tokens, tokens_per_minute)
+
+    def _renewed(self, bucket: _Bucket | None, per_minute: int | None) -> _Bucket | None:
+        if not per_minute or (bucket is not None and bucket.per_minute == per_minute):
+            return bucket
+        return _Bucket(per_minute, self._clock())
 
 
 _lock = threading.Lock()

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, Valid
 
 from embedding_pipeline.embedders.errors import GlobalError
 from embedding_pipeline.embedders.port import Dialect, Endpoint
-from embedding_pipeline.errors import SpecError
+from embedding_pipeline.errors import PipelineError, SpecError
 from embedding_pipeline.settings import Settings, load_settings
 
 PROVIDERS_FILE = Path(__file__).resolve().parent.parent / "providers.yaml"
@@ -105,7 +105,7 @@ def load_endpoints(settings: Settings, path: Path | None = None) -> dict[str, En
 class _Document:
     """A YAML file that knows on which line each key stands."""
 
-    def __init__(self, path: Path, data: Mapping[Any, Any], node: yaml.Node | None) -> None:
+    def __init__(self, path: Path, data: object, node: yaml.Node | None) -> None:
         self.path, self._data, self._node = path, data, node
 
     @classmethod
@@ -119,12 +119,28 @@ class _Document:
             raise SpecError(f"{path}:{line}: not valid YAML: {error.problem}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise SpecError(f"{path}: not valid YAML: {error}") from None
-        return cls(path, {} if data is None else data, node)
+        document = cls(path, {} if data is None else data, node)
+        document._refuse_keys_written_twice(node)
+        return document
+
+    def _refuse_keys_written_twice(self, node: yaml.Node | None) -> None:
+        """PyYAML silently takes the last one."""
+        if not isinstance(node, yaml.MappingNode):
+            return
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise SpecError(f"{self.path}:{line}: {key.value!r} is written twice; keep one")
+            seen.add(key.value)
+            self._refuse_keys_written_twice(value)
 
     def entries(self) -> list[tuple[str, _ProviderEntry]]:
-        if not isinstance(self._data, Mapping) or set(self._data) - {"providers"}:
-            key = next(iter(set(self._data) - {"providers"}), None) if self._data else None
-            raise self.error((key,) if key else (), "expected one key, providers:")
+        if not isinstance(self._data, Mapping):
+            raise self.error((), "expected one key, providers:")
+        for key in self._data:
+            if key != "providers":
+                raise self.error((key,), f"unknown key {key!r}; expected one key, providers:")
         providers = self._data.get("providers") or {}
         if not isinstance(providers, Mapping):
             raise self.error(("providers",), "expected a mapping of names to providers")
@@ -153,13 +169,8 @@ class _Document:
         """A SpecError at the line of the deepest part of `location` that the file has."""
         line, node = 1, self._node
         for part in location:
-            found = None
-            if isinstance(node, yaml.MappingNode):
-                found = next(
-                    ((k, v) for k, v in node.value if getattr(k, "value", None) == str(part)), None
-                )
-            elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
-                found = (node.value[part], node.value[part])
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            found = next(((k, v) for k, v in pairs if k.value == str(part)), None)
             if found is None:
                 break
             line, node = found[0].start_mark.line + 1, found[1]
@@ -236,7 +247,7 @@ def _address(document: _Document, where: tuple[str, ...], template: str) -> tupl
 
 
 async def located(endpoint: Endpoint) -> Endpoint:
-    """The endpoint with an address: where it has none, the local model server's.
+    """The endpoint with an address; the local model server's, which is started, if it has none.
 
     Raises GlobalError where the endpoint cannot be used in this environment.
     """
@@ -244,9 +255,12 @@ async def located(endpoint: Endpoint) -> Endpoint:
         raise GlobalError(f"{endpoint.name} cannot be used: {endpoint.unusable}")
     if endpoint.base_url:
         return endpoint
-    from embedding_pipeline.local.model_server import (  # type: ignore[import-not-found,unused-ignore]
-        ensure_model_server,
-    )
+    from embedding_pipeline.local.model_server import ensure_model_server
 
-    address = await asyncio.to_thread(ensure_model_server, load_settings().embedding_pipeline_home)
+    try:
+        address = await asyncio.to_thread(
+            ensure_model_server, load_settings().embedding_pipeline_home
+        )
+    except PipelineError as error:
+        raise GlobalError(f"{endpoint.name}: {error}") from error
     return replace(endpoint, base_url=address + ("/v1" if endpoint.dialect == "openai" else ""))

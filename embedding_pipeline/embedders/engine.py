@@ -6,12 +6,12 @@ until the culprit stands alone; its neighbours are embedded.
 """
 
 import asyncio
-import json
+import logging
 import random
 import time
-from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from collections.abc import Awaitable, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -23,70 +23,70 @@ from embedding_pipeline.embedders.errors import (
     InputError,
     TransientError,
 )
-from embedding_pipeline.embedders.limiter import Limiter, limiter_for
-from embedding_pipeline.embedders.packing import RequestLimits, Weight, halves, pack
+from embedding_pipeline.embedders.inputs import Inputs, Rules, prepare, shorten
+from embedding_pipeline.embedders.limiter import Limiter, Sent, limiter_for
+from embedding_pipeline.embedders.packing import RequestLimits, halves, pack
 from embedding_pipeline.embedders.port import EmbedResult, Endpoint, Overlong
 from embedding_pipeline.embedders.responses import Answer
 from embedding_pipeline.embedders.tokens import TokenCounter, token_counter
 from embedding_pipeline.embedders.wire import Wire
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
 
 PATIENCE = 3
 """Failures of one request, of a kind that a text may be the cause of, before it is halved."""
-PATIENCE_WITH_PARTS = 2
-"""The same for the parts of a request that was halved because of such failures."""
+PATIENCE_OF_PARTS = 2
+"""The same for the halves of such a request."""
+SECONDS_TO_ARRIVE = 5.0
+"""For answers, perhaps paid for, that are on their way when the call ends for another reason."""
+
+SECONDS_WORTH_A_WARNING = 5.0
 
 PROBE_TEXT = "a"
+REFUSALS_WITHOUT_A_DOUBT = 3
+"""Texts refused alone, with no text answered in between, before a plain text is tried."""
 
 
 @dataclass
 class _Job:
     """One `embed` call."""
 
-    texts: list[str]
-    """What is sent, prefix and cut included; empty where nothing is."""
+    inputs: Inputs
     result: EmbedResult
     retry: bool
-    stopped: asyncio.Event
-    weights: dict[int, Weight] = field(default_factory=dict)
-    """Of the texts to be sent, by index."""
+    stopped: "asyncio.Future[None]"
     error: EmbedError | None = None
 
     def stop(self, error: EmbedError) -> None:
+        """The first error is the call's; nothing more is sent."""
         if self.error is None:
             self.error = error
-        self.stopped.set()
+            self.stopped.set_result(None)
 
-    async def unless_stopped(self, waiting: Awaitable[T]) -> T | None:
+    async def sleep(self, waiting: Awaitable[None]) -> None:
         """Wait, but no longer than the call goes on."""
         task = asyncio.ensure_future(waiting)
-        stop = asyncio.ensure_future(self.stopped.wait())
         try:
-            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
-            return task.result() if task.done() else None
+            await self.first_of(task)
         finally:
             task.cancel()
-            stop.cancel()
+
+    async def first_of(self, task: "asyncio.Future[Any]") -> None:
+        """Wait until the task is done or the call has ended."""
+        waited_for: set[asyncio.Future[Any]] = {task, self.stopped}
+        await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
 
 
 @dataclass
 class _History:
     """What has failed so far of a request, or of the one that it is a part of."""
 
-    is_part: bool = False
-    first_failure: float | None = None
     failures: int = 0
     answered_before: int = 0
-
-    def of_a_part(self, answered: int) -> "_History":
-        """For a half: it goes on where the whole was, or anew if the endpoint works for others."""
-        if answered > self.answered_before:
-            return _History(is_part=True, answered_before=answered)
-        return replace(self, is_part=True)
+    is_part: bool = False
 
 
 class ProviderEmbedder:
@@ -108,7 +108,7 @@ class ProviderEmbedder:
         clock: Clock = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
-        self.endpoint = endpoint
+        self.endpoint = self._declared = endpoint
         self.model = model
         self.dimensions = dimensions
         self._wire = wire
@@ -118,6 +118,9 @@ class ProviderEmbedder:
         self._sleep, self._clock = sleep, clock
         self._rng = rng or random.Random()  # noqa: S311 - jitter, not a secret
         self._answered = 0
+        self._refusals_in_a_row = 0
+        self._failing_since: float | None = None
+        self._jobs = 0
         self._started = False
 
     def __repr__(self) -> str:
@@ -130,16 +133,28 @@ class ProviderEmbedder:
             self._counter = token_counter(self.model)
         return self._counter
 
+    @property
+    def _rules(self) -> Rules:
+        return Rules(self.endpoint, self.counter, self._overlong, self._prefix)
+
     async def start(self) -> None:
         """See `Embedder.start`."""
+        await self._start(retry=True)
+
+    async def _start(self, *, retry: bool) -> None:
         history = _History()
-        self.endpoint = await located(self.endpoint)
+        self._failing_since = None
+        if self._counter is None:
+            self._counter = await asyncio.to_thread(token_counter, self.model)
         while True:
             try:
-                self.endpoint = await self._wire.open(self.endpoint)
+                # again each time: the local server is started anew where it has died
+                self.endpoint = await self._wire.open(await located(self._declared))
             except InputError as error:
                 raise GlobalError(f"{self.endpoint.name} is not usable: {error}") from error
             except TransientError as error:
+                if not retry:
+                    raise
                 await self._sleep(self._backoff(history, error))
             else:
                 limiter, budget = self._given
@@ -155,7 +170,11 @@ class ProviderEmbedder:
 
     def estimate_tokens(self, text: str) -> int:
         """See `Embedder.estimate_tokens`."""
-        return min(self.counter.count(self._prefix + text), self.endpoint.max_tokens_per_input)
+        longest = min(
+            self.endpoint.max_tokens_per_input,
+            self.counter.longest or self.endpoint.max_tokens_per_input,
+        )
+        return min(self.counter.count(self._prefix + text), longest)
 
     def cost(self, tokens: int) -> float:
         """See `Embedder.cost`."""
@@ -164,79 +183,47 @@ class ProviderEmbedder:
     async def embed(self, texts: Sequence[str], *, retry: bool = True) -> EmbedResult:
         """See `Embedder.embed`."""
         if not self._started:
-            await self.start()
+            await self._start(retry=retry)
+        if not self._jobs:
+            self._failing_since = None
+        self._jobs += 1
+        try:
+            job = await self._job(texts, retry=retry)
+            await self._run(job)
+        finally:
+            self._jobs -= 1
+        job.result.truncated.sort()
+        if job.error is not None:
+            job.error.partial = job.result
+            raise job.error
+        return job.result
+
+    async def _job(self, texts: Sequence[str], *, retry: bool) -> _Job:
+        rules = self._rules
+        if rules.counter.exact and any(len(text) > rules.most_tokens // 2 for text in texts):
+            # tokenizing takes a millisecond a page and lets go of the interpreter's lock
+            inputs = await asyncio.to_thread(prepare, texts, rules)
+        else:
+            inputs = prepare(texts, rules)
         result = EmbedResult(
             vectors=np.full((len(texts), self.dimensions), np.nan, dtype=np.float32),
             done=np.zeros(len(texts), dtype=np.bool_),
+            refused=inputs.refused,
+            truncated=inputs.truncated,
         )
-        job = _Job([""] * len(texts), result, retry, asyncio.Event())
-        await self._prepare(job, texts)
-        wanted = list(job.weights)
+        return _Job(inputs, result, retry, asyncio.get_running_loop().create_future())
+
+    async def _run(self, job: _Job) -> None:
+        indices = list(job.inputs.weights)
         limits = RequestLimits(
             self.endpoint.max_inputs,
             self.endpoint.max_tokens_per_request,
             self.endpoint.max_bytes_per_request,
         )
-        packed = pack([job.weights[index] for index in wanted], limits)
+        packed = pack(list(job.inputs.weights.values()), limits)
         async with asyncio.TaskGroup() as group:
             for positions in packed:
-                group.create_task(self._piece(job, [wanted[p] for p in positions], _History()))
-        result.truncated.sort()
-        if job.error is not None:
-            job.error.partial = result
-            raise job.error
-        return result
-
-    async def _prepare(self, job: _Job, texts: Sequence[str]) -> None:
-        """Refuse what must not be sent, cut what is too long; weigh the rest."""
-        limit = self.endpoint.max_tokens_per_input
-        weights = job.weights
-        long: list[int] = []
-        for index, text in enumerate(texts):
-            try:
-                size = len(text.encode())
-            except UnicodeEncodeError:
-                job.result.refused[index] = (
-                    "not sent: the text holds half of a surrogate pair, which is not Unicode text"
-                )
-                continue
-            if not text.strip():
-                job.result.refused[index] = "not sent: the text is empty or blank"
-                continue
-            job.texts[index] = self._prefix + text
-            weights[index] = Weight(size + len(self._prefix.encode()) + 8, 0)
-            if weights[index].tokens > limit:
-                long.append(index)
-        if long:
-            # tokenizing takes a millisecond a page and lets go of the interpreter's lock
-            cuts = await asyncio.to_thread(
-                self.counter.cut, [job.texts[index] for index in long], limit
-            )
-            for index, cut in zip(long, cuts, strict=True):
-                if cut.overlong and self._overlong == "quarantine" and self.counter.exact:
-                    job.result.refused[index] = (
-                        f"not sent: longer than {limit} tokens, and the column's overlong policy "
-                        "is quarantine"
-                    )
-                    del weights[index]
-                    continue
-                if cut.overlong and self._overlong == "truncate":
-                    job.texts[index] = cut.text
-                    job.result.truncated.append(index)
-                # an estimate over the limit travels alone: the provider decides
-                weights[index] = Weight(
-                    self.endpoint.max_tokens_per_request if cut.overlong else cut.tokens, 0
-                )
-        for index in list(weights):
-            size = _json_bytes(job.texts[index])
-            if size > self.endpoint.max_bytes_per_request:
-                job.result.refused[index] = (
-                    f"not sent: {size} bytes, {self.endpoint.name} takes at most "
-                    f"{self.endpoint.max_bytes_per_request} a request"
-                )
-                del weights[index]
-            else:
-                weights[index] = Weight(weights[index].tokens, size)
+                group.create_task(self._piece(job, [indices[p] for p in positions], _History()))
 
     async def _piece(self, job: _Job, indices: list[int], history: _History) -> None:
         """Embed these inputs: in one request, or in more where a text seems to be at fault."""
@@ -250,20 +237,28 @@ class ProviderEmbedder:
                 return
             except InputError as error:
                 if len(indices) > 1:
-                    await self._split(job, indices, _History(answered_before=self._answered))
+                    await self._split(job, indices, _History())
+                elif shorten(job.inputs, indices[0], error.words, self._rules):
+                    continue
                 elif await self._works_for_others(job):
                     job.result.refused[indices[0]] = error.words
+                    self._refusals_in_a_row += 1
                 return
             except TransientError as error:
                 tries += 1
                 if not job.retry:
                     job.stop(error)
                     return
-                pause = self._pause_or_stop(job, error, history)
-                patience = PATIENCE_WITH_PARTS if history.is_part else PATIENCE
+                try:
+                    pause = self._backoff(history, error)
+                except TransientError as final:
+                    job.stop(final)
+                    return
+                patience = PATIENCE_OF_PARTS if history.is_part else PATIENCE
                 if error.cause not in ("throttled", "unreachable") and tries >= patience:
                     if len(indices) > 1:
-                        await self._split(job, indices, history.of_a_part(self._answered))
+                        # one of the texts may be why; if none is, smaller requests do no harm
+                        await self._split(job, indices, replace(history, is_part=True))
                         return
                     if plain_text_worked:
                         job.result.refused[indices[0]] = (
@@ -271,27 +266,36 @@ class ProviderEmbedder:
                         )
                         return
                     plain_text_worked = await self._answers_plain_text(job)
-                await job.unless_stopped(self._sleep(pause))
+                await job.sleep(self._sleep(pause))
+                if error.cause == "unreachable" and not self._declared.base_url:
+                    await self._revive(job)
             except GlobalError as error:
                 job.stop(error)
 
+    async def _revive(self, job: _Job) -> None:
+        """Start the local server again; it may get another address."""
+        try:
+            self.endpoint = await self._wire.open(await located(self._declared))
+        except GlobalError as error:
+            job.stop(error)
+        except EmbedError:
+            return  # not up yet; the next try will tell
+
     async def _split(self, job: _Job, indices: list[int], history: _History) -> None:
-        left, right = halves(indices)
+        left, right = (self._piece(job, half, replace(history)) for half in halves(indices))
         if self._answered:
-            await asyncio.gather(
-                self._piece(job, left, replace(history)), self._piece(job, right, replace(history))
-            )
+            await asyncio.gather(left, right)
         else:
             # nothing was ever answered here: perhaps every text is refused, find out cheaply
-            await self._piece(job, left, replace(history))
-            await self._piece(job, right, replace(history))
+            await left
+            await right
 
     async def _works_for_others(self, job: _Job) -> bool:
         """False, and the call ends, when the endpoint refuses a plain text as well.
 
         Otherwise a wrong parameter would be charged to every row of the table.
         """
-        if self._answered:
+        if self._answered and self._refusals_in_a_row < REFUSALS_WITHOUT_A_DOUBT:
             return True
         try:
             await self._request(job, [PROBE_TEXT], 1)
@@ -322,72 +326,113 @@ class ProviderEmbedder:
             return False
 
     async def _send(self, job: _Job, indices: list[int], *, again: bool) -> Answer | None:
-        tokens = sum(job.weights[index].tokens for index in indices)
-        return await self._request(job, [job.texts[i] for i in indices], tokens, again=again)
+        tokens = sum(job.inputs.weights[index].tokens for index in indices)
+        texts = [job.inputs.texts[index] for index in indices]
+        return await self._request(job, texts, tokens, again=again)
 
     async def _request(
         self, job: _Job, texts: list[str], tokens: int, *, again: bool = False
     ) -> Answer | None:
-        """One request when there is a place and budget for it; None: the call has ended."""
-        async with self._limiter.slot():
-            await job.unless_stopped(self._budget.acquire(tokens))
-            if job.error is not None:
-                return None
+        """One request, when there is a place and budget for it; None: the call has ended."""
+        sent = await self._enter(job, tokens)
+        if sent is None:
+            return None
+        used: int | None = None
+        try:
             job.result.requests += 1
             job.result.retried += again
-            started = self._clock()
-            try:
-                answer = await self._wire.send(texts)
-            except TransientError as error:
-                if error.cause == "throttled":
-                    job.result.throttled += 1
-                    self._limiter.throttled(started, error.retry_after)
-                raise
-        self._limiter.succeeded()
+            answer = await self._until_shortly_after_the_end(job, self._wire.send(texts))
+            if answer is None:
+                return None
+            used = tokens if answer.tokens is None else answer.tokens
+        except TransientError as error:
+            if self._failing_since is None:
+                self._failing_since = self._clock()
+            if error.cause == "throttled":
+                job.result.throttled += 1
+                self._limiter.throttled(sent, error.retry_after)
+            elif error.cause != "response":
+                self._limiter.failed(error.retry_after)
+            raise
+        finally:
+            self._limiter.leave()
+            self._budget.release(tokens, used)
+        self._limiter.succeeded(sent)
+        self._failing_since = None
         self._answered += 1
-        used = tokens if answer.tokens is None else answer.tokens
+        self._refusals_in_a_row = 0
         job.result.tokens += used
-        self._budget.settle(tokens, used)
         self._budget.learn(
-            _limit(answer, "x-ratelimit-limit-requests"), _limit(answer, "x-ratelimit-limit-tokens")
+            _header(answer, "x-ratelimit-limit-requests"),
+            _header(answer, "x-ratelimit-limit-tokens"),
         )
         return answer
 
-    def _pause_or_stop(self, job: _Job, error: TransientError, history: _History) -> float:
+    async def _enter(self, job: _Job, tokens: int) -> Sent | None:
+        drawn = entered = False
+
+        async def permission() -> None:
+            nonlocal drawn
+            await self._budget.acquire(tokens)
+            drawn = True
+
+        entering = asyncio.ensure_future(self._limiter.enter(permission))
         try:
-            return self._backoff(history, error)
-        except TransientError as final:
-            job.stop(final)
-            return 0.0
+            await job.first_of(entering)
+            entered = entering.done() and job.error is None
+            return entering.result() if entered else None
+        finally:
+            if not entered:
+                if not entering.cancel() and entering.exception() is None:
+                    self._limiter.leave()
+                if drawn:
+                    self._budget.release(tokens, 0)
+
+    async def _until_shortly_after_the_end(
+        self, job: _Job, sending: Coroutine[None, None, Answer]
+    ) -> Answer | None:
+        """The answer; when the call ends meanwhile, what is on its way has a moment to arrive."""
+        task = asyncio.ensure_future(sending)
+        try:
+            await job.first_of(task)
+            if not task.done():
+                await asyncio.wait({task}, timeout=SECONDS_TO_ARRIVE)
+            return task.result() if task.done() else None
+        finally:
+            task.cancel()
 
     def _backoff(self, history: _History, error: TransientError) -> float:
-        """Seconds to wait before the next try; raises when the time for retrying is used up."""
+        """Seconds to wait before the next try; raises when the time for retrying is used up.
+
+        The time counts from the first failure since the endpoint's last answer, whatever text it
+        was for: a request that comes second to a busy endpoint is not given up.
+        """
         now = self._clock()
-        if history.first_failure is None:
-            history.first_failure = now
-            history.answered_before = self._answered
+        if self._failing_since is None:
+            self._failing_since = now
+        if self._answered > history.answered_before:
+            history.failures, history.answered_before = 0, self._answered
         ceiling = min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2.0**history.failures)
         history.failures += 1
         # half of it is jitter, so that those who failed together do not come back together
         pause = ceiling * (0.5 + 0.5 * self._rng.random())
         if error.retry_after is not None:
             pause = max(pause, error.retry_after)
-        tried = now - history.first_failure
-        if tried + pause > self.endpoint.give_up_after_seconds:
+        failing = now - self._failing_since
+        if failing + pause > self.endpoint.give_up_after_seconds:
             raise TransientError(
-                f"{error}\nGiven up after {history.failures} failures in {tried:.0f} s; what was "
-                "finished is kept, a later run goes on from there",
+                f"{error}\nGiven up: {self.endpoint.name} has not answered one request in "
+                f"{failing:.0f} s and the next try would be in {pause:.0f} s (limit "
+                f"{self.endpoint.give_up_after_seconds:g} s). What was finished is kept; a later "
+                "run goes on from there",
                 cause=error.cause,
                 retry_after=error.retry_after,
             ) from error
+        level = logging.WARNING if pause >= SECONDS_WORTH_A_WARNING else logging.INFO
+        logger.log(level, "%s (next try in %.1f s)", error, pause)
         return pause
 
 
-def _limit(answer: Answer, name: str) -> int | None:
+def _header(answer: Answer, name: str) -> int | None:
     value = answer.headers.get(name, "")
     return int(value) if value.isdecimal() and int(value) > 0 else None
-
-
-def _json_bytes(text: str) -> int:
-    """Bytes of the text in a request, quotes and comma included."""
-    return len(json.dumps(text, ensure_ascii=False).encode()) + 1

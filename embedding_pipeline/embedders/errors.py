@@ -71,7 +71,7 @@ def provider_words(text: str, secret: SecretStr | None = None) -> str:
     At most MAX_WORDS characters on one line, without control characters and lone surrogates,
     and without the key: providers quote it back ("Incorrect API key provided: sk-…").
     """
-    if secret is not None and (key := secret.get_secret_value()):
+    if secret is not None and (key := secret.get_secret_value().strip()):
         text = text.replace(key, "[key]")
     # the key first: cutting might leave half of one that no longer matches
     text = _KEY_LIKE.sub("[key]", text[: 20 * MAX_WORDS])

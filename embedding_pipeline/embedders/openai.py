@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import to_json
+
 from embedding_pipeline.embedders import responses
 from embedding_pipeline.embedders.errors import TransientError
 from embedding_pipeline.embedders.port import Endpoint
@@ -26,6 +28,7 @@ class OpenAIWire:
         self._dimensions = dimensions
         self._client: AsyncOpenAI | None = None
         self._endpoint: Endpoint | None = None
+        self._proven = False
 
     async def open(self, endpoint: Endpoint) -> Endpoint:
         """Build the client; this dialect has no request that costs nothing and tells the model."""
@@ -35,7 +38,7 @@ class OpenAIWire:
         if self._client is None:
             self._client = openai.AsyncOpenAI(
                 # the client insists on a key, also where the server wants none
-                api_key=endpoint.api_key.get_secret_value() if endpoint.api_key else "none",
+                api_key=endpoint.key or "none",
                 base_url=endpoint.base_url,
                 max_retries=0,
                 timeout=endpoint.timeout_seconds,
@@ -43,24 +46,35 @@ class OpenAIWire:
                     follow_redirects=False, trust_env=not is_loopback(endpoint.base_url)
                 ),
             )
+        self._client.base_url = endpoint.base_url
         return endpoint
 
     async def send(self, texts: Sequence[str]) -> Answer:
         """One `POST /embeddings`."""
         import aiohttp
+        import httpx2
         import openai
 
         endpoint = self._endpoint
         assert endpoint is not None
         assert self._client is not None, "start() first"
+        request: dict[str, Any] = {
+            "model": self._model,
+            "input": list(texts),
+            "encoding_format": "base64",
+        }
+        if takes_dimensions(self._model):
+            request["dimensions"] = self._dimensions
         try:
             # the client's timeouts are per read, so a server that drips never meets one
             async with asyncio.timeout(endpoint.timeout_seconds):
-                raw = await self._client.embeddings.with_raw_response.create(
-                    input=list(texts),
-                    model=self._model,
-                    encoding_format="base64",
-                    dimensions=self._dimensions if takes_dimensions(self._model) else openai.omit,
+                # the method that the client's README gives for requests of one's own;
+                # `embeddings.create` looks at every input, a quarter of the CPU time
+                raw = await self._client.post(
+                    "/embeddings",
+                    content=to_json(request),
+                    cast_to=httpx2.Response,
+                    options={"headers": {"content-type": "application/json"}},
                 )
                 body = raw.content
         except openai.APIStatusError as error:
@@ -108,7 +122,10 @@ class OpenAIWire:
                 if isinstance(embedding, list)
                 else responses.decode_base64(endpoint, embedding)
             )
-        vectors = responses.check_vectors(endpoint, self._model, rows, self._dimensions)
+        vectors = responses.check_vectors(
+            endpoint, self._model, rows, self._dimensions, proven=self._proven
+        )
+        self._proven = True
         usage = parsed.get("usage")
         tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
         return Answer(vectors, tokens if type(tokens) is int and tokens >= 0 else None, headers)

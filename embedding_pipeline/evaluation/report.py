@@ -11,8 +11,9 @@ from embedding_pipeline.evaluation.result import Evaluation, QueryResult
 WORST = 10
 HISTORY = 10
 _LONGEST = 90
-_MARKUP = re.compile(r"([\\`*_\[\]|~$])")
-"""What means something in the middle of a line, where escaped text always stands."""
+_MARKUP = re.compile(r"([\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
+"""What means something in the middle of a line, where escaped text always stands. An underscore
+within a word is a plain one."""
 
 
 def quality_report(

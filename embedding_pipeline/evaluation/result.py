@@ -1,7 +1,7 @@
 """What an evaluation found: plain values, as they are stored, compared and reported."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any
 
@@ -41,7 +41,7 @@ class QueryResult:
     index_reciprocal_rank: float | None
     index_recall: float | None
     found: tuple[Found, ...]
-    """The first rows of the exact ranking."""
+    """The first rows of the exact ranking; the first one alone where it is an expected one."""
 
     @property
     def scored(self) -> bool:
@@ -62,7 +62,7 @@ class QueryResult:
             Found(tuple(each["key"]), float(each["score"]), each["snippet"])
             for each in value["found"]
         )
-        return cls(**{**value, **keys, "found": found})
+        return cls(**{**_known(cls, value), **keys, "found": found})
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,11 @@ class Evaluation:
     index_reason: str | None
     ef_search: int
     results: tuple[QueryResult, ...]
+    # fields that later versions add need a default: stored evaluations lack them
+    queries_embedded: int = 0
+    """Queries whose vectors the cache lacked."""
+    requests: int = 0
+    """Embedding requests that this took."""
 
     @property
     def scored(self) -> int:
@@ -135,6 +140,8 @@ class Evaluation:
             "index": self.index,
             "index_reason": self.index_reason,
             "ef_search": self.ef_search,
+            "queries_embedded": self.queries_embedded,
+            "requests": self.requests,
             "results": [asdict(result) for result in self.results],
         }
 
@@ -144,4 +151,10 @@ class Evaluation:
         details = row["details"]
         results = tuple(QueryResult.from_json(value) for value in details["results"])
         columns = {name: value for name, value in row.items() if name != "details"}
-        return cls(**{**columns, **details, "results": results})
+        return cls(**{**columns, **_known(cls, details), "results": results})
+
+
+def _known(type_: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that the dataclass has a field for: another version may have stored more."""
+    names = {each.name for each in fields(type_)}
+    return {name: value for name, value in values.items() if name in names}

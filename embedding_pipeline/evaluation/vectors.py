@@ -16,7 +16,7 @@ from embedding_pipeline.evaluation.keys import (
     key_from_json,
     wanted_keys,
 )
-from embedding_pipeline.evaluation.nearest import EF_SEARCH, K, Searcher
+from embedding_pipeline.evaluation.nearest import EF_SEARCH, K, Searcher, find_index
 from embedding_pipeline.evaluation.result import IndexRecall
 from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import SESSION
@@ -69,7 +69,7 @@ def vectors_valid(
 ) -> VectorsValid:
     """Count vectors that cannot be right: of all rows, of given keys, or of a sample.
 
-    All rows: one scan that reads every vector (about 30 µs each for 1536 dimensions). `keys`
+    All rows: one scan that reads every vector (20,000 of 1536 dimensions: 1.2–2 s). `keys`
     (a run's own rows) costs only those rows; `sample` takes about so many, the same ones each
     time. Vectors are compared by an md5 of their bytes, and texts by their fingerprints.
     Different texts may rightly share a vector (cut to the model's length, or alike but for
@@ -190,6 +190,14 @@ def index_recall(
     if not recalls:
         return IndexRecall(None, 0, searcher.index.name, f"{column} has too few vectors to compare")
     return IndexRecall(statistics.fmean(recalls), len(recalls), searcher.index.name, None)
+
+
+def still_indexed(
+    connection: "psycopg.Connection[Any]", column: Column, measured: IndexRecall
+) -> IndexRecall:
+    """An earlier measurement, or none with the reason when the index has gone since: one query."""
+    reason = find_index(connection, column).reason
+    return measured if reason is None else IndexRecall(None, 0, None, reason)
 
 
 def _sampled(

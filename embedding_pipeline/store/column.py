@@ -6,7 +6,7 @@ because the planner uses the pending index only for the very expression that the
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from psycopg import sql
@@ -16,6 +16,39 @@ from embedding_pipeline.store import partitions
 
 BLANKS = "".join(char for char in map(chr, range(sys.maxunicode + 1)) if char.isspace())
 """Every character that `str.isspace` knows: a text of these alone is blank, in SQL as in Python."""
+
+BLANKS_SQL = sql.SQL("E'" + "".join(f"\\u{ord(char):04x}" for char in BLANKS) + "'")
+"""`BLANKS` in ASCII: a printed script must survive an editor that mends line endings."""
+
+
+@dataclass(frozen=True)
+class ColumnFacts:
+    """What the catalogue says of one column of a source table."""
+
+    name: str
+    type: str
+    """As `format_type` writes it, schema-qualified and quoted as needed."""
+    type_name: str
+    type_schema: str
+    modifier: int
+    """`atttypmod`: for pgvector's types the number of dimensions, -1 where none is declared."""
+    not_null: bool
+    generated: bool
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """A trigger of the user's that fires when a row is updated."""
+
+    name: str
+    definition: str
+    function: str
+    source: str
+    arguments: str
+    row: bool
+    before: bool
+    columns: tuple[str, ...]
+    """`UPDATE OF …`: fires only for these; empty for any."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +63,10 @@ class TableFacts:
     vector_schema: str
     """The schema that holds pgvector's types: `public`, or `extensions` at some hosts."""
     is_partitioned: bool = False
+    attributes: dict[str, ColumnFacts] = field(default_factory=dict)
+    update_triggers: tuple[Trigger, ...] = ()
+    owned: bool = True
+    """Whether our role may change the table's definition."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +129,7 @@ class Column:
     def eligible(self) -> sql.Composable:
         """True for a row that should have a vector; NULL counts as false."""
         not_blank = sql.SQL("btrim(({text})::text, {blanks}) <> ''").format(
-            text=self.text, blanks=sql.Literal(BLANKS)
+            text=self.text, blanks=BLANKS_SQL
         )
         if self.table.eligible is None:
             return not_blank

@@ -17,8 +17,8 @@ NULL_KEY = "(null)"
 EMPTY_KEY = "(empty)"
 BEFORE_KEY = "(before-0001)"
 AFTER_KEY = "(after-9999)"
-_UNSAFE = re.compile(r'[%,\x00-\x1f\x7f-\x9f\[\]*"|\\]|^\s|\s$|^\(|\.{3,}')
-_MONTH = re.compile(r"(\d{4})-(\d{2})")
+_UNSAFE = re.compile(r'[%,\x00-\x1f\x7f-\x9f\[\]*"|\\]|^\s|\s\Z|^\(|\.{3,}')
+_MONTH = re.compile(r"([0-9]{4})-([0-9]{2})")
 
 
 def encode_value(value: str | None) -> str:
@@ -85,14 +85,14 @@ def partition_filter(
     partitions = table.partitions
     column = index_expression(table)
     if isinstance(partitions, HashPartitions):
-        if not (key.isascii() and key.isdigit() and int(key) < partitions.buckets):
+        if key not in map(str, range(partitions.buckets)):
             raise ValueError(
                 f"{key!r} is not a partition of {table.table}; "
                 f"they are 0 to {partitions.buckets - 1}"
             )
         return PartitionFilter(
             sql.SQL("{} = {}::text::bigint").format(column, _parameter(first_parameter)),
-            (str(int(key)),),
+            (key,),
         )
     if key == NULL_KEY:
         return PartitionFilter(sql.SQL("{} IS NULL").format(column), ())

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from embedding_pipeline.errors import SpecError
 from embedding_pipeline.evaluation.golden_set import GoldenQuery, GoldenSet, load_golden_set
 from embedding_pipeline.spec import TableSpec
+from embedding_pipeline.spec_files import DEFS_FOLDER
 
 Write = Callable[..., Path]
 
@@ -121,7 +122,7 @@ def test_an_absent_and_an_empty_file_are_mistakes_too(write: Write, tmp_path: Pa
 
 
 def test_the_shipped_golden_sets_load() -> None:
-    found = sorted(Path("embedding_pipeline/defs").glob("*/golden_set.jsonl"))
+    found = sorted(DEFS_FOLDER.glob("*/golden_set.jsonl"))
     assert len(found) >= 4
     for path in found:
         assert len(load_golden_set(path)) >= 30

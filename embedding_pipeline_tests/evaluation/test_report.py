@@ -90,6 +90,7 @@ def test_long_text_is_cut_before_it_is_escaped() -> None:
     assert escape("|" * 200, 10) == r"\|" * 9 + "…"
     assert escape("<b>&</b>") == "&lt;b&gt;&amp;&lt;/b&gt;"
     assert escape("see https://x.y") == "see https:&#47;&#47;x.y"
+    assert escape("embedding_384 _so_ __bold__") == r"embedding_384 \_so\_ \_\_bold\_\_"
     assert escape("a\u202eb\x00c") == "ab c"
 
 
@@ -99,4 +100,4 @@ def test_no_text_breaks_a_table(snippet: str, query: str) -> None:
     for table in tables(quality_report("docs", [column], histories={"a": [column]})):
         assert len({len(row) for row in table}) == 1
     assert "\n" not in escape(snippet)
-    assert not re.search(r"(?<!\\)(\\\\)*[`|*_\[\]~]", escape(snippet))
+    assert not re.search(r"(?<!\\)(\\\\)*([`|*\[\]~]|_(?![a-zA-Z0-9]))", escape(snippet))

@@ -1,0 +1,177 @@
+"""Queries when a provider is down: the other one answers, and says whose model it used.
+
+Never for rows: a column holds one model's vectors, so rows wait for their provider.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from embedding_pipeline.embedders.budget import Clock
+from embedding_pipeline.embedders.errors import EmbedError, InputError, TransientError
+from embedding_pipeline.embedders.port import Embedder
+
+QUERY_SECONDS = 3.0
+"""For one provider's answer to a query."""
+HEAD_START_SECONDS = 0.1
+"""That a provider which failed before has over the other one, to show that it is back. One that
+refuses connections loses it at once."""
+
+
+@dataclass(frozen=True)
+class QueryVector:
+    """A query's vector, and the endpoint and model that made it: search that model's column."""
+
+    vector: np.ndarray[tuple[int], np.dtype[np.float32]]
+    """float32 (dimensions,)."""
+    endpoint: str
+    model: str
+    dimensions: int
+    fell_back: bool
+    """True when it is not the preferred provider's."""
+
+
+@dataclass(frozen=True)
+class FallbackState:
+    """Which provider answers queries now, since when, and what went wrong last."""
+
+    active: str
+    model: str
+    since: datetime
+    last_error: str | None = None
+    last_error_at: datetime | None = None
+    latency_ms: float | None = None
+    """Of the last answer."""
+
+
+class FallbackEmbedder:
+    """A circuit breaker over two embedders; each query gets one vector.
+
+    Closed: the preferred provider is asked. Its first failure opens the circuit; that query and
+    the next ones go to the other. Half-open: while open, a query also asks the preferred one,
+    with a head start and at most one such probe at a time; as soon as it answers it is active
+    again, for this very query if it was quick. Without a `secondary` only the first state exists.
+    """
+
+    def __init__(
+        self,
+        primary: Embedder,
+        secondary: Embedder | None = None,
+        *,
+        query_seconds: float = QUERY_SECONDS,
+        head_start_seconds: float = HEAD_START_SECONDS,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._primary, self._secondary = primary, secondary
+        self._query_seconds, self._head_start = query_seconds, head_start_seconds
+        self._clock = clock
+        self._open = False
+        self._probe: asyncio.Task[QueryVector] | None = None
+        self._state = FallbackState(primary.endpoint.name, primary.model, datetime.now(UTC))
+
+    @property
+    def state(self) -> FallbackState:
+        """A snapshot."""
+        return self._state
+
+    async def embed_query(self, text: str) -> QueryVector:
+        """The query's vector from whoever answers.
+
+        Raises InputError when the query itself is refused (blank, too long for the model), and
+        TransientError when nobody answers: then only full-text search is left.
+        """
+        if self._secondary is None:
+            return await self._ask(self._primary, text)
+        if not self._open:
+            try:
+                return await self._ask(self._primary, text)
+            except InputError:
+                raise
+            except EmbedError as error:
+                self._note(error)
+                self._switch(opened=True)
+                return await self._ask_secondary(self._secondary, text, error)
+        return await self._ask_while_open(self._secondary, text)
+
+    async def aclose(self) -> None:
+        """Close both embedders."""
+        if self._probe is not None:
+            self._probe.cancel()
+            await asyncio.gather(self._probe, return_exceptions=True)
+        await self._primary.aclose()
+        if self._secondary is not None:
+            await self._secondary.aclose()
+
+    async def _ask_while_open(self, secondary: Embedder, text: str) -> QueryVector:
+        probe = self._probe
+        if probe is None or probe.done():
+            probe = self._probe = asyncio.create_task(self._ask(self._primary, text))
+            probe.add_done_callback(self._probed)
+            await asyncio.wait({probe}, timeout=self._head_start)
+            if probe.done() and not probe.cancelled() and probe.exception() is None:
+                return probe.result()
+        return await self._ask_secondary(secondary, text, None)
+
+    def _probed(self, probe: "asyncio.Task[QueryVector]") -> None:
+        if probe.cancelled():
+            return
+        error = probe.exception()
+        if error is None or isinstance(error, InputError):
+            # a refusal is an answer as well
+            self._switch(opened=False)
+        elif isinstance(error, EmbedError):
+            self._note(error)
+
+    async def _ask_secondary(
+        self, secondary: Embedder, text: str, first: EmbedError | None
+    ) -> QueryVector:
+        try:
+            return replace(await self._ask(secondary, text), fell_back=True)
+        except InputError:
+            raise
+        except EmbedError as error:
+            self._note(error)
+            other = first or self._state.last_error or "is down"
+            raise TransientError(
+                f"no provider answers queries.\n{self._primary.endpoint.name}: {other}\n"
+                f"{secondary.endpoint.name}: {error}",
+                cause="unreachable",
+            ) from error
+
+    async def _ask(self, embedder: Embedder, text: str) -> QueryVector:
+        began = self._clock()
+        try:
+            async with asyncio.timeout(self._query_seconds):
+                result = await embedder.embed([text], retry=False)
+        except TimeoutError:
+            raise TransientError(
+                f"{embedder.endpoint.name} did not answer a query within {self._query_seconds:g} s",
+                cause="timeout",
+            ) from None
+        if 0 in result.refused:
+            raise InputError(result.refused[0])
+        latency = 1000 * (self._clock() - began)
+        self._state = replace(self._state, latency_ms=round(latency, 1))
+        vector: np.ndarray[Any, np.dtype[np.float32]] = result.vectors[0]
+        return QueryVector(
+            vector, embedder.endpoint.name, embedder.model, embedder.dimensions, fell_back=False
+        )
+
+    def _switch(self, *, opened: bool) -> None:
+        if self._secondary is None or self._open == opened:
+            return
+        self._open = opened
+        active = self._secondary if opened else self._primary
+        self._state = replace(
+            self._state,
+            active=active.endpoint.name,
+            model=active.model,
+            since=datetime.now(UTC),
+        )
+
+    def _note(self, error: EmbedError) -> None:
+        self._state = replace(self._state, last_error=str(error), last_error_at=datetime.now(UTC))

@@ -1,0 +1,98 @@
+"""Fixtures that many tests share: one real Postgres for the session, a fresh database per test."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from embedding_pipeline.local.postgres import ensure_postgres
+from embedding_pipeline.store.connection import connect
+
+TEMPLATE = "template_with_pgvector"
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Postgres server with pgvector, shared by every test process of this run.
+
+    The embedded one in a temporary folder, or the one that TEST_DATABASE_URL names; there the
+    role has to be a superuser.
+    """
+    given = os.environ.get("TEST_DATABASE_URL")
+    if given:
+        url = given
+    else:
+        home = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            home = home.parent
+        url = _embedded_server(home)
+    with connect(url) as connection:
+        # only one process makes the template; the lock ends with the connection
+        connection.execute("SELECT pg_advisory_lock(7355608)")
+        known = connection.execute("SELECT FROM pg_database WHERE datname = $1", [TEMPLATE])
+        if known.fetchone() is None:
+            connection.execute(f"CREATE DATABASE {TEMPLATE}")
+            with connect(with_database(url, TEMPLATE)) as template:
+                template.execute("CREATE EXTENSION vector")
+    return url
+
+
+def _embedded_server(home: Path) -> str:
+    url = ensure_postgres(home, linger=5)
+    with connect(url) as connection:
+        # these tests end their sessions, not the machine: nothing needs to reach the disk
+        for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+            connection.execute(f"ALTER SYSTEM SET {setting} = off")
+        connection.execute("SELECT pg_reload_conf()")
+    return url
+
+
+def with_database(url: str, name: str) -> str:
+    """The same server's address with another database in it."""
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+def _fresh(postgres_url: str, template: str) -> Iterator[str]:
+    name = f"test_{uuid.uuid4().hex[:16]}"
+    with connect(postgres_url) as connection:
+        connection.execute(
+            sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
+                sql.Identifier(name), sql.Identifier(template)
+            )
+        )
+    yield with_database(postgres_url, name)
+    with connect(postgres_url) as connection:
+        connection.execute(
+            sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
+        )
+
+
+@pytest.fixture
+def database(postgres_url: str) -> Iterator[str]:
+    """The address of a fresh database with pgvector installed, dropped afterwards."""
+    yield from _fresh(postgres_url, TEMPLATE)
+
+
+@pytest.fixture
+def twin_database(postgres_url: str) -> Iterator[str]:
+    """A second fresh database with pgvector installed."""
+    yield from _fresh(postgres_url, TEMPLATE)
+
+
+@pytest.fixture
+def bare_database(postgres_url: str) -> Iterator[str]:
+    """The address of a fresh database without any extension."""
+    yield from _fresh(postgres_url, "template0")
+
+
+@pytest.fixture
+def connection(database: str) -> Iterator["psycopg.Connection[Any]"]:
+    """A connection to the test's database."""
+    with connect(database) as connection:
+        yield connection

@@ -1,0 +1,1 @@
+"""What a data engineer sees: the Dagster UI, driven in headless Chromium."""

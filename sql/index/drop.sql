@@ -1,0 +1,2 @@
+-- For the index of a partitioned table, which Postgres cannot drop CONCURRENTLY.
+DROP INDEX {index}
