@@ -1,6 +1,8 @@
 """Fixtures that many tests share: one real Postgres for the session, a fresh database per test."""
 
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +13,14 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from embedding_pipeline.local.postgres import ensure_postgres
+from embedding_pipeline.local.postgres import ensure_postgres, stop_postgres
 from embedding_pipeline.store.connection import connect
 
 TEMPLATE = "template_with_pgvector"
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+def postgres_url() -> str:
     """A Postgres server with pgvector, shared by every test process of this run.
 
     The embedded one in a temporary folder, or the one that TEST_DATABASE_URL names; there the
@@ -28,9 +30,8 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     if given:
         url = given
     else:
-        home = tmp_path_factory.getbasetemp()
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            home = home.parent
+        home = _server_home()
+        home.mkdir(parents=True, exist_ok=True)
         url = _embedded_server(home)
     with connect(url) as connection:
         # only one process makes the template; the lock ends with the connection
@@ -41,6 +42,29 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> str:
             with connect(with_database(url, TEMPLATE)) as template:
                 template.execute("CREATE EXTENSION vector")
     return url
+
+
+def _server_home() -> Path:
+    """A folder that all test processes of this run share.
+
+    Not pytest's own: as root the server runs as another user, and the next pytest session closes
+    pytest's folders to everybody else under it.
+    """
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(os.getpid())
+    return Path(tempfile.gettempdir()) / f"embedding-pipeline-tests-{run}"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Stop the shared server and remove its data, once every worker is done."""
+    worker = getattr(session.config, "workerinput", None)
+    if worker is not None or "TEST_DATABASE_URL" in os.environ:
+        return
+    plugin = session.config.pluginmanager.get_plugin("dsession")
+    run = getattr(getattr(plugin, "nodemanager", None), "testrunuid", None) or str(os.getpid())
+    home = Path(tempfile.gettempdir()) / f"embedding-pipeline-tests-{run}"
+    if home.exists():
+        stop_postgres(home)
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def _embedded_server(home: Path) -> str:

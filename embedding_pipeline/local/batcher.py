@@ -11,10 +11,15 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace
 
 import numpy as np
 
 from embedding_pipeline.local.minilm import MiniLM, Space, Tokens, Vectors, fits
+
+
+class ModelFailureError(Exception):
+    """The model could not run a batch; the text is ONNX Runtime's."""
 
 
 @dataclass(frozen=True)
@@ -105,20 +110,36 @@ class Batcher:
         """Texts to run next; turns go to the smallest and to the oldest request alternately.
 
         So one query waits for at most two steps, and no stream of small requests starves a
-        large one. The rest of the batch is whatever fits its longest text.
+        large one. The rest of the batch is what comes nearest to its longest text.
         """
         waiting = [request for request in self._requests if request.waiting]
         self._oldest_next = not self._oldest_next
         first = waiting[0] if self._oldest_next else min(waiting, key=lambda r: len(r.waiting))
         longest = first.waiting[-1][0]
+        # The longest that each request can add, and where it stands; ours comes first.
+        requests = [first, *(other for other in waiting if other is not first)]
+        ends = [bisect_right(r.waiting, (longest, len(r.tokens))) for r in requests]
+        offers = [
+            (-request.waiting[end - 1][0], number, end - 1)
+            for number, (request, end) in enumerate(zip(requests, ends, strict=True))
+            if end
+        ]
+        heapify(offers)
+        starts = list(ends)
         batch: list[tuple[_Request, int]] = []
-        for request in [first, *(other for other in waiting if other is not first)]:
-            at = bisect_right(request.waiting, (longest, len(request.tokens)))
-            start = at
-            while start and (not batch or fits(longest, len(batch), request.waiting[start - 1][0])):
-                start -= 1
-                batch.append((request, request.waiting[start][1]))
-            del request.waiting[start:at]
+        while offers:
+            length, number, at = -offers[0][0], *offers[0][1:]
+            if batch and not fits(longest, len(batch), length):
+                break
+            request = requests[number]
+            batch.append((request, request.waiting[at][1]))
+            starts[number] = at
+            if at:
+                heapreplace(offers, (-request.waiting[at - 1][0], number, at - 1))
+            else:
+                heappop(offers)
+        for request, start, end in zip(requests, starts, ends, strict=True):
+            del request.waiting[start:end]
         return batch
 
     def _run(self, batch: Sequence[tuple[_Request, int]]) -> None:
@@ -128,10 +149,11 @@ class Batcher:
         spaces = list({request.source.space for request, _ in batch})
         try:
             vectors = self._model.run(list(rows), spaces)
-        except Exception as error:  # noqa: BLE001  (a client must hear of whatever it was)
+        except Exception as error:  # noqa: BLE001  (whatever it was, the clients must hear of it)
+            failure = ModelFailureError(f"{type(error).__name__}: {error}")
             for request in {request for request, _ in batch}:
                 if request.future.set_running_or_notify_cancel():
-                    request.future.set_exception(error)
+                    request.future.set_exception(failure)
             return
         with self._changed:
             for request, position in batch:

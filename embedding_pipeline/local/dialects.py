@@ -7,6 +7,7 @@ with their status codes and bodies, so that clients meet here what they would me
 
 import asyncio
 import base64
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from embedding_pipeline.local.batcher import Batcher, Source
+from embedding_pipeline.local.batcher import Batcher, ModelFailureError, Source
 from embedding_pipeline.local.minilm import BATCH_TOKENS, MAX_TOKENS, MiniLM, Space, Vectors
+
+_log = logging.getLogger(__name__)
 
 MODEL_384 = "sentence-transformers/all-MiniLM-L6-v2"
 MODEL_1536 = "all-minilm-l6-v2-layers"
@@ -405,6 +408,14 @@ async def _refused(_: Request, error: Exception) -> Response:
     return error.response
 
 
+async def _failed(request: Request, error: Exception) -> Response:
+    _log.error("the model failed: %s", error)
+    if request.url.path.startswith("/v1/"):
+        body = {"message": f"The server had an error: {error}", "type": "server_error"}
+        return _json({"error": {**body, "param": None, "code": None}}, 500)
+    return _json({"error": f"Backend error: {error}", "error_type": "Backend"}, 424)
+
+
 async def _gone(_: Request, __: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it
 
@@ -421,5 +432,9 @@ def application(model: MiniLM, batcher: Batcher, limits: Limits) -> Starlette:
             *_OpenAI(model, batcher, limits).routes(),
             Route("/stats", _stats(batcher)),
         ],
-        exception_handlers={_Refusal: _refused, _Gone: _gone},
+        exception_handlers={
+            _Refusal: _refused,
+            ModelFailureError: _failed,
+            _Gone: _gone,
+        },
     )

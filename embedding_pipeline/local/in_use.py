@@ -85,9 +85,9 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def hold(directory: Path) -> None:
     """Count this process among the service's users until it ends (or calls `release`).
 
-    Waits for a keeper that is just stopping the service.
+    Waits for a keeper that is just stopping the service. Raises PipelineError when the
+    directory cannot be written to.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / _USERS
     with _mutex:
         descriptor = _held.get(path)
@@ -95,7 +95,14 @@ def hold(directory: Path) -> None:
             return
         if descriptor is not None:
             os.close(_held.pop(path))
-        held = _lock(path, fcntl.LOCK_SH)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            held = _lock(path, fcntl.LOCK_SH)
+        except OSError as error:
+            raise PipelineError(
+                f"cannot write to {directory}: {error.strerror}. The embedded servers keep their "
+                f"files there; set EMBEDDING_PIPELINE_HOME to a folder that you may write to"
+            ) from None
         assert held is not None
         _held[path] = held
 
@@ -130,20 +137,35 @@ def is_kept(directory: Path) -> bool:
         return False
 
 
+class _KeeperGaveUpError(Exception):
+    """The keeper that we started ended with an error."""
+
+
 def _start_keeper(
-    directory: Path, module: str, arguments: Sequence[str], log: Path, stale: Sequence[Path]
+    directory: Path,
+    module: str,
+    arguments: Sequence[str],
+    log: Path,
+    stale: Sequence[Path],
+    previous: subprocess.Popen[bytes] | None,
 ) -> subprocess.Popen[bytes] | None:
     """Start `python -m module arguments --keeper-lock FD` unless a keeper lives (then None).
 
     The keeper is a session of its own, so that Ctrl-C in the user's terminal does not reach it.
+    Raises _KeeperGaveUpError instead of starting another when `previous`, which we started
+    before, ended with an error; one that was killed or asked to stop is replaced.
     """
     with _starting(directory):
         keeper_lock = try_lock(directory / _KEEPER)
         if keeper_lock is None:
             return None
         try:
+            if previous is not None and previous.wait() > 0:
+                raise _KeeperGaveUpError
             environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-            environment["PYTHONPATH"] = str(_PACKAGE_ROOT)
+            environment["PYTHONPATH"] = os.pathsep.join(
+                dict.fromkeys([*filter(None, sys.path), str(_PACKAGE_ROOT)])
+            )
             for path in stale:
                 path.unlink(missing_ok=True)
             if log.exists():
@@ -186,16 +208,17 @@ def ensure(
     mine: subprocess.Popen[bytes] | None = None
     pause = 0.01
     while True:
-        started = _start_keeper(directory, module, arguments, log, stale)
-        mine = started or mine
+        try:
+            mine = _start_keeper(directory, module, arguments, log, stale, mine) or mine
+        except _KeeperGaveUpError:
+            logs = last_lines(log, *other_logs)
+            raise PipelineError(f"{what} could not start:\n{logs}") from None
         answer = ready()
         if answer is not None:
-            _forget(mine)
+            _remember(mine)
             return answer
-        if mine is not None and mine.poll():
-            raise PipelineError(f"{what} could not start:\n{last_lines(log, *other_logs)}")
         if time.monotonic() > deadline:
-            _forget(mine)
+            _remember(mine)
             logs = last_lines(log, *other_logs)
             raise PipelineError(f"{what} did not become ready within {timeout:.0f} s:\n{logs}")
         time.sleep(pause)
@@ -205,7 +228,7 @@ def ensure(
 _children: list[subprocess.Popen[bytes]] = []
 
 
-def _forget(child: subprocess.Popen[bytes] | None) -> None:
+def _remember(child: subprocess.Popen[bytes] | None) -> None:
     """Keep the handle of a keeper that lives on: a collected one would warn, and reaps nothing."""
     _children[:] = [other for other in _children if other.poll() is None]
     if child is not None:

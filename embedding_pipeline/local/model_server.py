@@ -42,6 +42,7 @@ def ensure_model_server(home: Path, *, linger: float = in_use.LINGER_SECONDS) ->
         lambda: _healthy_url(directory),
         what="the local model server",
         log=directory / "log",
+        timeout=120.0,
         stale=[directory / "address.json"],
     )
 
@@ -145,15 +146,17 @@ async def _serve(options: argparse.Namespace, keeping: in_use.Keeping, directory
     )
 
     async def watch() -> None:
-        while not server.started:  # noqa: ASYNC110  (uvicorn has no event for it)
-            await asyncio.sleep(0.005)
-        unfinished = directory / "address.json.unfinished"
-        unfinished.write_text(json.dumps({"url": url, "pid": os.getpid()}))
-        unfinished.replace(directory / "address.json")
-        print(f"listening on {url}", flush=True)  # noqa: T201
-        while not keeping.is_over():  # noqa: ASYNC110  (nor has a file lock)
-            await asyncio.sleep(keeping.pause)
-        server.should_exit = True
+        try:
+            while not server.started:  # noqa: ASYNC110  (uvicorn has no event for it)
+                await asyncio.sleep(0.005)
+            unfinished = directory / "address.json.unfinished"
+            unfinished.write_text(json.dumps({"url": url, "pid": os.getpid()}))
+            unfinished.replace(directory / "address.json")
+            print(f"listening on {url}", flush=True)  # noqa: T201
+            while not keeping.is_over():  # noqa: ASYNC110  (nor has a file lock)
+                await asyncio.sleep(keeping.pause)
+        finally:
+            server.should_exit = True
 
     watching = asyncio.create_task(watch())
     try:

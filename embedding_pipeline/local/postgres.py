@@ -247,7 +247,9 @@ class _Server:
             url = self.url("postgres")
             if url is not None and _answers(url):
                 return True
-            time.sleep(0.02)
+            if _stop_asked.wait(0.02):
+                self.stop(process)
+                raise PipelineError("was asked to stop while Postgres was starting")
         return False
 
     def _launch(self) -> psutil.Process:
@@ -262,6 +264,8 @@ class _Server:
             )
         try:
             account = _account(self.data)
+            if account is not None:
+                _let_pass(self.directory, account)
             if not (self.data / "PG_VERSION").exists():
                 self._create(account)
             # Nothing of a server is left, so whatever these say is out of date. Postgres
@@ -314,7 +318,6 @@ class _Server:
         unfinished.mkdir(mode=0o700)
         if account is not None:
             os.chown(unfinished, account.pw_uid, account.pw_gid)
-            _let_traverse(unfinished, account)
         result = subprocess.run(  # noqa: S603
             [
                 str(_binaries() / "initdb"),
@@ -383,6 +386,7 @@ class _Server:
                     connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
 
 
+_stop_asked = threading.Event()  # of the keeper, by SIGTERM or Ctrl-C
 _launched: list[subprocess.Popen[bytes]] = []  # handles, so that ended children are reaped
 
 
@@ -473,14 +477,14 @@ def _as(account: pwd.struct_passwd | None) -> dict[str, Any]:
     return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
 
 
-def _let_traverse(folder: Path, account: pwd.struct_passwd) -> None:
-    """See that `account` can reach `folder` and run the server's programs.
+def _let_pass(folder: Path, account: pwd.struct_passwd) -> None:
+    """See that `account` can reach what is in `folder` and run the server's programs.
 
     Adds the right to pass through (x, not r) to folders above that deny it, which is what
     running as root from, say, /root costs. Nothing is changed where nothing is needed.
     """
     programs = _binaries()
-    for place in (folder.parent, programs):
+    for place in (folder, programs):
         for above in [place, *place.parents]:
             mode = above.stat().st_mode
             if not mode & 0o001 and above.stat().st_uid != account.pw_uid:
@@ -507,14 +511,12 @@ def _let_traverse(folder: Path, account: pwd.struct_passwd) -> None:
 def _keep(keeping: in_use.Keeping, server: _Server) -> None:
     """Keep the server up until nobody uses it, or SIGTERM asks to stop it."""
     process = server.start()
+    print(f"ready: {server.url(DATABASE)}", flush=True)  # noqa: T201
     while not _stop_asked.wait(keeping.pause) and not keeping.is_over():
         if not _alive(process):
             print("the postmaster ended; starting it again", flush=True)  # noqa: T201
             process = server.start()
     server.stop(process)
-
-
-_stop_asked = threading.Event()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
