@@ -6,7 +6,7 @@ Heavy imports (Dagster, pandas, openai) wait until a command needs them, so that
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from embedding_pipeline.main_job import ColumnResult
+    from embedding_pipeline.spec import EmbeddingSpec
     from embedding_pipeline.spec_files import TableFile
 
 CHECKS_FAILED, ERROR = 1, 2
@@ -89,39 +90,36 @@ def run(
     Safe to repeat: it embeds what is pending and nothing else. Every step is a real Dagster run
     and shows in the UI. Ends with a table; exits with 1 when a check failed.
     """
-    from embedding_pipeline.spec_files import load_table_files
-
-    files = _files(load_table_files(), tables)
+    files = _files()
     from embedding_pipeline import main_job
     from embedding_pipeline.columns import select
 
     chosen = select(files, tables, columns)
     console = _console()
     instance = main_job.use_project_instance()
-    main_job.prepare([file for file, _ in chosen], sample_rows, console.print)
+    refused = main_job.prepare([file for file, _ in chosen], sample_rows, console.print)
+    errors = [refused] if refused else []
     job = _job()
     config = _config(limit, batch, concurrency)
     results: dict[tuple[str, str], ColumnResult] = {}
-    errors: list[str] = []
+    ready: list[tuple[TableFile, list[EmbeddingSpec]]] = []
     for file, embeddings in chosen:
+        usable = []
         for embedding in embeddings:
             result = main_job.ColumnResult(file.spec.table, embedding.column)
             results[result.table, result.column] = result
             try:
-                column = main_job.bound_column(file, embedding)
-                pending = main_job.pending_partitions(instance, column, console.print)
+                column = main_job.bind_column(file.spec, embedding.column)
+                _embed(console, instance, job, column, config, result)
             except PipelineError as error:
-                result.errors.append(str(error))
+                if str(error) not in "\n".join(errors):
+                    result.errors.append(str(error))
                 continue
-            if pending:
-                with _Bar(console, str(column), sum(pending.values())) as bar:
-                    main_job.embed(
-                        instance, job, file, embedding, pending, config, result, bar.update
-                    )
-            else:
-                console.print(f"{column}: nothing pending")
-    for file, _ in chosen:
-        errors += main_job.evaluate_and_check(instance, job, file, results)
+            usable.append(embedding)
+        if usable:
+            ready.append((file, usable))
+    for file, usable in ready:
+        errors += main_job.evaluate_and_check(instance, job, file.spec, usable, results)
     _closing_table(console, [file for file, _ in chosen], results)
     errors += [f"{r.table}.{r.column}: {e}" for r in results.values() for e in r.errors]
     failed = [f"{r.table}.{r.column}: {f}" for r in results.values() for f in r.failed_checks]
@@ -175,16 +173,17 @@ def backfill(
     """
     from embedding_pipeline import main_job
     from embedding_pipeline.columns import select
-    from embedding_pipeline.spec_files import load_table_files
 
     tables = [*([table] if table else []), *tables]
     columns = [*([column] if column else []), *columns]
-    chosen = select(_files(load_table_files(), tables), tables, columns)
+    chosen = select(_files(), tables, columns)
     console = _console()
     if dry_run:
         for file, embeddings in chosen:
             for embedding in embeddings:
-                _announce(console, main_job.bound_column(file, embedding), partitions, limit)
+                _announce(
+                    console, main_job.bind_column(file.spec, embedding.column), partitions, limit
+                )
         return
     instance = main_job.use_project_instance()
     job = _job()
@@ -193,17 +192,14 @@ def backfill(
     for file, embeddings in chosen:
         for embedding in embeddings:
             result = main_job.ColumnResult(file.spec.table, embedding.column)
-            bound = main_job.bound_column(file, embedding)
-            pending = main_job.pending_partitions(instance, bound, console.print)
-            if partitions:
+            try:
+                bound = main_job.bind_column(file.spec, embedding.column)
                 _refuse_unknown(bound, instance, partitions)
-                pending = {key: n for key, n in pending.items() if key in partitions}
-            if not pending:
-                console.print(f"{bound}: nothing pending")
+                _embed(console, instance, job, bound, config, result, partitions)
+            except PipelineError as error:
+                click.echo(f"error: {error}", err=True)
+                failed = True
                 continue
-            total = min(sum(pending.values()), limit or sys.maxsize)
-            with _Bar(console, str(bound), total) as bar:
-                main_job.embed(instance, job, file, embedding, pending, config, result, bar.update)
             console.print(
                 f"{bound}: {result.embedded:,} rows written, {result.tokens:,} tokens, "
                 f"${result.cost:.4f}"
@@ -222,14 +218,13 @@ def backfill(
 def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None:
     """Every column: rows, embedded, pending, quarantined, ineligible. Counts every row."""
     from embedding_pipeline.columns import select
-    from embedding_pipeline.spec_files import load_table_files
     from embedding_pipeline.store.catalogue import bind_columns
     from embedding_pipeline.store.connection import connect
     from embedding_pipeline.store.pending import coverage
 
     rows = []
     with connect() as connection:
-        for file, embeddings in select(_files(load_table_files(), tables), tables, columns):
+        for file, embeddings in select(_files(), tables, columns):
             wanted = {embedding.column for embedding in embeddings}
             for column in bind_columns(connection, file.spec):
                 if column.embedding.column not in wanted:
@@ -259,14 +254,13 @@ def evaluate(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> No
     """Evaluate the golden sets now and record the result. Query vectors are cached."""
     from embedding_pipeline.columns import select
     from embedding_pipeline.components.quality import evaluate_one, golden_set
-    from embedding_pipeline.spec_files import load_table_files
     from embedding_pipeline.store.catalogue import bind_columns
     from embedding_pipeline.store.connection import connect
 
     rows = []
     problems = []
     with connect() as connection:
-        for file, embeddings in select(_files(load_table_files(), tables), tables, columns):
+        for file, embeddings in select(_files(), tables, columns):
             golden = golden_set(file)
             if golden is None:
                 problems.append(f"{file.spec.table}: its YAML names no golden set")
@@ -329,7 +323,6 @@ def migrate(
 ) -> None:
     """Bring the database to what the YAML says. Safe on a live table, and to repeat."""
     from embedding_pipeline.columns import select
-    from embedding_pipeline.spec_files import load_table_files
     from embedding_pipeline.store import migrate as migrations
     from embedding_pipeline.store.connection import connect
 
@@ -337,7 +330,7 @@ def migrate(
         if sql_files:
             migrations.apply_files(connection, sql_files, report=click.echo)
             return
-        chosen = select(_files(load_table_files(), tables), tables, [])
+        chosen = select(_files(), tables, [])
         specs = [file.spec for file, _ in chosen]
         if dry_run:
             statements = migrations.plan(
@@ -378,7 +371,10 @@ def dev(port: int, host: str, sensors: bool) -> None:
     sys.exit(serve(host, port, sensors))
 
 
-def _files(files: "list[TableFile]", tables: Sequence[str]) -> "list[TableFile]":  # noqa: ARG001
+def _files() -> "list[TableFile]":
+    from embedding_pipeline.spec_files import all_table_files
+
+    files = all_table_files()
     if not files:
         raise PipelineError(
             "no table is declared: add embedding_pipeline/defs/<table>/defs.yaml "
@@ -388,13 +384,31 @@ def _files(files: "list[TableFile]", tables: Sequence[str]) -> "list[TableFile]"
 
 
 def _job() -> Any:
-    import os
+    from embedding_pipeline.definitions import defs
 
-    from embedding_pipeline.definitions import CONSOLE_VARIABLE, defs
-
-    # the runs' own logs are for the UI; here the bars and the closing table speak
-    os.environ.setdefault(CONSOLE_VARIABLE, "CRITICAL")
     return defs().resolve_implicit_global_asset_job_def()
+
+
+def _embed(
+    console: "Console",
+    instance: Any,
+    job: Any,
+    column: Any,
+    config: "dict[str, int | float]",
+    result: "ColumnResult",
+    partitions: Sequence[str] = (),
+) -> None:
+    """Bring one column up to date with a bar that shows it."""
+    from embedding_pipeline import main_job
+
+    with _Bar(console, str(column)) as bar:
+
+        def start(rows: int) -> None:
+            bar.start(min(rows, int(config.get("limit", rows))))
+
+        main_job.embed_pending(
+            instance, job, column, config, result, console.print, partitions, start, bar.update
+        )
 
 
 def _config(
@@ -423,13 +437,17 @@ def _console() -> "Console":
 class _Bar:
     """A progress bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, console: "Console", title: str, total: int) -> None:
-        self.console, self.title, self.total = console, title, total
+    def __init__(self, console: "Console", title: str) -> None:
+        self.console, self.title = console, title
         self._progress: Any = None
         self._task: Any = None
         self._last = 0.0
 
     def __enter__(self) -> "_Bar":
+        return self
+
+    def start(self, total: int) -> None:
+        """Show that so many rows are pending."""
         if self.console.is_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -441,10 +459,9 @@ class _Bar:
                 console=self.console,
             )
             self._progress.start()
-            self._task = self._progress.add_task(self.title, total=self.total, rate="")
+            self._task = self._progress.add_task(self.title, total=total, rate="")
         else:
-            self.console.print(f"{self.title}: {self.total:,} rows pending")
-        return self
+            self.console.print(f"{self.title}: {total:,} rows pending")
 
     def update(self, at: Any) -> None:
         import time
@@ -573,8 +590,6 @@ def _cell(value: Any) -> str:
         return f"{value:,}"
     return "—" if value is None else str(value)
 
-
-_Report = Callable[[str], None]
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,5 @@
 """The one entry point: everything under `defs/`, loaded by Dagster's component loader."""
 
-import os
 from pathlib import Path
 
 import dagster as dg
@@ -9,15 +8,11 @@ from embedding_pipeline.components.embedded_table import table_definitions
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.spec_files import DEFS_FOLDER, TableFile, all_table_files
 
-CONSOLE_VARIABLE = "EMBEDDING_PIPELINE_CONSOLE"
-"""Lowest level of run logs on the console; the UI shows them all."""
-
 
 @dg.definitions
 def defs() -> dg.Definitions:
     """Every table of `defs/`, and those of the folder that EMBEDDING_PIPELINE_DEFS names."""
     tables = _table_files()
-    level = os.environ.get(CONSOLE_VARIABLE, "INFO")
     return dg.Definitions.merge(
         dg.load_from_defs_folder(path_within_project=Path(__file__).parent),
         *(
@@ -28,7 +23,6 @@ def defs() -> dg.Definitions:
         dg.Definitions(
             # a step of its own process costs seconds to start; the run is the unit of scaling out
             executor=dg.in_process_executor,
-            loggers={"console": dg.colored_console_logger.configured({"log_level": level})},
         ),
     )
 

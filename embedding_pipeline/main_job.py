@@ -5,28 +5,35 @@ show in the UI like any other. The command line prints what this returns.
 """
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import dagster as dg
 
 from embedding_pipeline.backfill import Progress
 from embedding_pipeline.components import names
-from embedding_pipeline.components.assets import listeners
+from embedding_pipeline.components.assets import LEASE_HELD, LISTENERS, bind_column
 from embedding_pipeline.components.decide import ColumnFacts, dead_leases, ranges
-from embedding_pipeline.components.sensor import quality_checks, reap
+from embedding_pipeline.components.processes import fail_dead_runs, process_tags
+from embedding_pipeline.components.sensor import QUALITY_TAG, quality_checks, reap
+from embedding_pipeline.errors import PipelineError
+from embedding_pipeline.identity import check_identity, price
 from embedding_pipeline.settings import PROJECT_ROOT, load_settings
-from embedding_pipeline.spec import EmbeddingSpec, dagster_name
+from embedding_pipeline.spec import EmbeddingSpec, TableSpec, dagster_name
 from embedding_pipeline.spec_files import TableFile
-from embedding_pipeline.store.catalogue import bind_columns
 from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import connect
-from embedding_pipeline.store.lease import read_leases
+from embedding_pipeline.store.lease import LeaseRow, describe_holders, read_leases
 from embedding_pipeline.store.migrate import migrate
 from embedding_pipeline.store.pending import count_by_partition
-from embedding_pipeline.store.registry import verify
 
 Report = Callable[[str], None]
+
+POLL_SECONDS = 1.0
+"""How often a command looks whether a run that it waits for has ended."""
+STATEMENT_TIMEOUT_MS, RECYCLE_SECONDS, MOST_CONNECTIONS = 60_000, 300, 10
 
 
 @dataclass
@@ -36,6 +43,7 @@ class ColumnResult:
     table: str
     column: str
     embedded: int = 0
+    """Rows written: embedded, reused or cleared."""
     tokens: int = 0
     cost: float = 0.0
     seconds: float = 0.0
@@ -47,67 +55,136 @@ class ColumnResult:
     errors: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A column's pending rows by partition, and which of the partitions other runs hold."""
+
+    rows: dict[str, int]
+    held: dict[str, LeaseRow]
+
+    @property
+    def free(self) -> dict[str, int]:
+        return {key: count for key, count in self.rows.items() if key not in self.held}
+
+
 def use_project_instance() -> dg.DagsterInstance:
-    """The project's Dagster instance; DAGSTER_HOME is the project's folder unless it is set."""
-    os.environ.setdefault("DAGSTER_HOME", str(PROJECT_ROOT))
-    return dg.DagsterInstance.get()
+    """The project's Dagster instance; DAGSTER_HOME is the project's folder unless it is set.
+
+    It keeps its connections: Dagster's default opens one for each event, which was a third of the
+    time of a run that had nothing to embed.
+    """
+    home = os.environ.setdefault("DAGSTER_HOME", str(PROJECT_ROOT))
+    if not Path(home).is_absolute() or not Path(home).is_dir():
+        raise PipelineError(
+            f"DAGSTER_HOME is {home!r}, which is not the absolute path of a folder; make it and "
+            "copy the project's dagster.yaml there, or unset the variable"
+        )
+    instance = dg.DagsterInstance.get()
+    instance.optimize_for_webserver(STATEMENT_TIMEOUT_MS, RECYCLE_SECONDS, MOST_CONNECTIONS)
+    return instance
 
 
-def prepare(files: Sequence[TableFile], samples: bool | None, report: Report) -> None:
-    """Sample rows (on the embedded server, or where asked for), then the schema."""
+def prepare(files: Sequence[TableFile], samples: bool | None, report: Report) -> str | None:
+    """Sample rows (on the embedded server, or where asked for), then the schema.
+
+    What could not be brought to what the YAML says is returned as a message: the rest is ready.
+    """
     wanted = load_settings().database_url is None if samples is None else samples
     with connect() as connection:
         if wanted:
             from embedding_pipeline.local.samples import load_samples
 
             load_samples(connection, report)
-        migrate(connection, [file.spec for file in files], report=report)
+        try:
+            migrate(connection, [file.spec for file in files], report=report, cost=price)
+        except PipelineError as error:
+            return str(error)
+    return None
 
 
-def pending_partitions(
-    instance: dg.DagsterInstance, column: Column, report: Report
-) -> dict[str, int]:
-    """A column's pending rows by partition, after freeing what dead runs hold."""
+def find_pending(instance: dg.DagsterInstance, column: Column, report: Report) -> Pending:
+    """What is pending in a column, after freeing what dead runs hold.
+
+    Raises IdentityError when the YAML asks for another recipe than the column holds.
+    """
+    for line in fail_dead_runs(instance, column.table):
+        report(line)
     with connect() as connection:
-        verify(connection, column, load_settings().embedding_pipeline_environment)
+        check_identity(connection, column)
         facts = ColumnFacts(column.embedding.column, {}, read_leases(connection, column))
         for line in reap(connection, instance, column, dead_leases(facts)):
             report(line)
         counts = count_by_partition(connection, column)
+        leases = read_leases(connection, column)
     names.add_partitions(instance, column.table, sorted(counts))
-    return counts
+    held = {key: leases[key] for key in counts if key in leases and leases[key].live}
+    return Pending(counts, held)
 
 
-def bound_column(file: TableFile, embedding: EmbeddingSpec) -> Column:
-    with connect() as connection:
-        return next(
-            column
-            for column in bind_columns(connection, file.spec)
-            if column.embedding.column == embedding.column
-        )
-
-
-def embed(
+def embed_pending(
     instance: dg.DagsterInstance,
     job: dg.JobDefinition,
-    file: TableFile,
-    embedding: EmbeddingSpec,
+    column: Column,
+    config: dict[str, int | float],
+    result: ColumnResult,
+    report: Report,
+    only: Sequence[str] = (),
+    on_start: Callable[[int], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> None:
+    """Bring a column up to date, waiting for runs that hold parts of it; fills `result`.
+
+    `only` names partitions; `on_start` hears how many rows are pending. Ends when nothing is
+    pending, at the limit, at an error, or when a pass changed nothing (rows that a user's
+    transaction holds): the checks say what is left.
+    """
+    waited_for: str | None = None
+    started = False
+    while True:
+        pending = find_pending(instance, column, report)
+        if only:
+            rows = {key: count for key, count in pending.rows.items() if key in only}
+            pending = Pending(rows, {k: v for k, v in pending.held.items() if k in rows})
+        if not pending.rows:
+            break
+        if not pending.free:
+            holders = sorted({lease.run_id or "outside Dagster" for lease in pending.held.values()})
+            if waited_for != str(holders):
+                waited_for = str(holders)
+                report(f"{column}: {describe_holders(pending.held)}; waiting for that run")
+            time.sleep(POLL_SECONDS)
+            continue
+        if not started and on_start is not None:
+            on_start(sum(pending.rows.values()))
+        started = True
+        before = result.embedded
+        again = _embed(instance, job, column, pending.free, config, result, on_progress)
+        if not again or (result.embedded == before and not pending.held):
+            break
+    if not started:
+        report(f"{column}: nothing pending")
+
+
+def _embed(
+    instance: dg.DagsterInstance,
+    job: dg.JobDefinition,
+    column: Column,
     partitions: dict[str, int],
     config: dict[str, int | float],
     result: ColumnResult,
-    on_progress: Callable[[Progress], None] | None = None,
-) -> None:
-    """Run a column's pending partitions; `result` gets the figures and errors."""
-    table = file.spec
+    on_progress: Callable[[Progress], None] | None,
+) -> bool:
+    """Run these partitions once, in ranges; whether looking for more makes sense."""
+    table, embedding = column.table, column.embedding
     key = names.column_key(table, embedding)
     order = names.known_partitions(instance, table)
-    left = config.get("limit")
+    limit = config.get("limit")
     for request in ranges(embedding.column, partitions, order, table.rows_per_run):
         run_config: dict[str, int | float] = dict(config)
-        if left is not None:
-            if left <= 0:
-                return
-            run_config["limit"] = left
+        if limit is not None:
+            if result.embedded >= limit:
+                return False
+            run_config["limit"] = limit - result.embedded
         outcome = _execute(
             instance,
             job,
@@ -121,44 +198,46 @@ def embed(
             {"ops": {key.to_python_identifier(): {"config": run_config}}} if run_config else {},
             on_progress,
         )
-        written, seconds = 0.0, 0.0
+        seconds, held = 0.0, False
         for event in outcome.all_events:
             if event.is_step_materialization and event.asset_key == key:
                 figures = event.step_materialization_data.materialization.metadata
-                written += sum(_number(figures, name) for name in ("embedded", "reused", "cleared"))
+                result.embedded += int(
+                    sum(_number(figures, name) for name in ("embedded", "reused", "cleared"))
+                )
                 result.tokens += int(_number(figures, "tokens"))
                 result.cost += _number(figures, "cost_usd")
                 seconds = _number(figures, "run_seconds")
             if event.is_failure and event.is_step_event:
-                result.errors.append(_step_error(event))
-        result.embedded += int(written)
-        if left is not None:
-            left -= written
+                held = _is_lease_error(event)
+                if not held:
+                    result.errors.append(_step_error(event))
         result.seconds += seconds
         if not outcome.success:
-            return
+            return held
+    return limit is None or result.embedded < limit
 
 
 def evaluate_and_check(
     instance: dg.DagsterInstance,
     job: dg.JobDefinition,
-    file: TableFile,
+    table: TableSpec,
+    embeddings: Sequence[EmbeddingSpec],
     results: dict[tuple[str, str], ColumnResult],
 ) -> list[str]:
-    """Indexes, golden set and thorough checks of one table, in one run; returns its errors."""
-    table = file.spec
+    """Indexes, golden set and thorough checks of a table's columns, in one run; its errors."""
     outcome = _execute(
         instance,
         job,
         [
-            *(names.index_key(table, embedding) for embedding in table.embeddings),
+            *(names.index_key(table, embedding) for embedding in embeddings),
             names.quality_key(table),
         ],
-        [check for embedding in table.embeddings for check in quality_checks(table, embedding)],
-        {names.TABLE_TAG: table.asset_name},
+        [check for embedding in embeddings for check in quality_checks(table, embedding)],
+        {names.TABLE_TAG: table.asset_name, QUALITY_TAG: "evaluate"},
         {},
     )
-    columns = {names.column_key(table, e): e.column for e in table.embeddings}
+    columns = {names.column_key(table, e): e.column for e in embeddings}
     for evaluation in outcome.get_asset_check_evaluations():
         column = columns.get(evaluation.asset_key)
         result = results.get((table.table, column)) if column else None
@@ -190,17 +269,21 @@ def _execute(
 ) -> dg.ExecuteInProcessResult:
     subset = job.get_subset(asset_selection=set(assets), asset_check_selection=set(checks))
     if on_progress is not None:
-        listeners.append(on_progress)
+        LISTENERS.append(on_progress)
     try:
         return subset.execute_in_process(
             instance=instance,
-            run_config=run_config,
-            tags=tags,
+            # the events are for the UI; here the bars and the closing table speak
+            run_config={
+                **run_config,
+                "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+            },
+            tags={**tags, **process_tags()},
             raise_on_error=False,
         )
     finally:
         if on_progress is not None:
-            listeners.remove(on_progress)
+            LISTENERS.remove(on_progress)
 
 
 def _number(figures: Mapping[str, dg.MetadataValue], name: str) -> float:
@@ -213,6 +296,11 @@ def _number(figures: Mapping[str, dg.MetadataValue], name: str) -> float:
     )
 
 
+def _is_lease_error(event: dg.DagsterEvent) -> bool:
+    data = event.step_failure_data.user_failure_data
+    return data is not None and LEASE_HELD in data.metadata
+
+
 def _step_error(event: dg.DagsterEvent) -> str:
     data = event.step_failure_data
     if data.user_failure_data is not None and data.user_failure_data.description:
@@ -221,3 +309,14 @@ def _step_error(event: dg.DagsterEvent) -> str:
     while error is not None and error.cause is not None:
         error = error.cause
     return (error.message if error is not None else event.message or "").strip()
+
+
+__all__ = [
+    "ColumnResult",
+    "bind_column",
+    "embed_pending",
+    "evaluate_and_check",
+    "find_pending",
+    "prepare",
+    "use_project_instance",
+]

@@ -8,8 +8,10 @@ from pydantic import Field
 
 from embedding_pipeline.backfill import BackfillError, Counts, Options, Outcome, Progress
 from embedding_pipeline.components import names
+from embedding_pipeline.components.processes import tag_process
 from embedding_pipeline.embed_column import ColumnRun, embed_column
-from embedding_pipeline.errors import PipelineError
+from embedding_pipeline.errors import LeaseError, PipelineError
+from embedding_pipeline.identity import check_identity
 from embedding_pipeline.spec import EmbeddingSpec, TableSpec
 from embedding_pipeline.spec_files import TableFile
 from embedding_pipeline.store.catalogue import bind_columns
@@ -17,10 +19,13 @@ from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import connect, database_url
 from embedding_pipeline.store.pending import estimated_rows, partitions_in_data
 
+LEASE_HELD = "held_by_other_runs"
+"""In a failure's metadata: live runs hold all the partitions, so waiting is the answer."""
+
 LOG_SECONDS = 5.0
 """How often a run says in its log where it stands."""
 
-listeners: list[Callable[[Progress], None]] = []
+LISTENERS: list[Callable[[Progress], None]] = []
 """Who else follows the progress of runs in this process: the command line's bars."""
 
 COUNTED_ROWS = 200_000
@@ -53,10 +58,15 @@ class EmbedConfig(dg.Config):
 
 
 def bind_column(table: TableSpec, column: str) -> Column:
-    """The column as the database has it now."""
+    """The column as the database has it now.
+
+    IdentityError when the YAML asks for another recipe than the one that fills it.
+    """
     with connect() as connection:
         columns = bind_columns(connection, table)
-    return next(bound for bound in columns if bound.embedding.column == column)
+        found = next(bound for bound in columns if bound.embedding.column == column)
+        check_identity(connection, found)
+    return found
 
 
 def failure(error: PipelineError) -> dg.Failure:
@@ -121,7 +131,7 @@ def embedding_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefi
 
         def progress(at: Progress) -> None:
             nonlocal logged
-            for listener in listeners:
+            for listener in LISTENERS:
                 listener(at)
             if at.remaining == 0 or time.monotonic() - logged >= LOG_SECONDS:
                 logged = time.monotonic()
@@ -145,6 +155,8 @@ def embedding_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefi
                 metadata=_run_metadata(error.outcome),
                 allow_retries=True,
             ) from error
+        except LeaseError as error:
+            raise dg.Failure(str(error), metadata={LEASE_HELD: True}, allow_retries=False) from None
         except PipelineError as error:
             raise failure(error) from None
         rows = _rows_by_partition(column)
@@ -239,6 +251,7 @@ def index_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefiniti
         ),
     )
     def build(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
+        tag_process(context.instance, context.run)
         try:
             column = bind_column(table, embedding.column)
             with connect() as connection:
@@ -281,6 +294,7 @@ def quality_asset(file: TableFile) -> dg.AssetsDefinition:
         ),
     )
     def evaluate(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
+        tag_process(context.instance, context.run)
         try:
             return dg.MaterializeResult(metadata=evaluate_table(file, context.run_id))
         except PipelineError as error:

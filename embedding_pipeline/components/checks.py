@@ -5,7 +5,8 @@ the latest evaluation, or a sample; run by itself (nightly, at zero pending, or 
 and evaluates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -41,16 +42,16 @@ Measure = Callable[["psycopg.Connection[Any]", Column, bool, str], Verdict]
 
 
 def column_checks(file: TableFile, embedding: EmbeddingSpec) -> list[dg.AssetChecksDefinition]:
-    """`coverage`, `golden_mrr`, `vectors_valid` and `index_recall` of one column."""
-    after = [names.quality_key(file.spec)]
+    """`coverage`, `golden_mrr`, `vectors_valid` and `index_recall` of one column.
+
+    Two steps, the second after the evaluation: a step costs a run a quarter of a second of events.
+    """
     minutes = embedding.max_pending_minutes
     against = (
         f" and {embedding.baseline_ratio:g} × {embedding.baseline}" if embedding.baseline else ""
     )
-    return [
-        _check(
-            file,
-            embedding,
+    rows = [
+        _Check(
             "coverage",
             "Every eligible row has the vector that its text calls for. Missing and stale rows "
             f"are a warning at first and an error once they have been pending for {minutes:g} "
@@ -58,67 +59,86 @@ def column_checks(file: TableFile, embedding: EmbeddingSpec) -> list[dg.AssetChe
             f"{embedding.max_quarantined_share:.1%} is an error.",
             lambda connection, column, thorough, _: _coverage(connection, column, thorough),
         ),
-        _check(
-            file,
-            embedding,
-            "golden_mrr",
-            f"MRR@5 on the golden set is at least {embedding.mrr_floor:g}{against}.",
-            lambda connection, column, thorough, run_id: _golden_mrr(
-                file, connection, column, thorough, run_id
-            ),
-            after,
-        ),
-        _check(
-            file,
-            embedding,
+        _Check(
             "vectors_valid",
             "No vector is all zeros (a cosine index leaves those out silently), and texts that "
             "differ have vectors that differ.",
             lambda connection, column, thorough, _: _vectors_valid(connection, column, thorough),
         ),
-        _check(
-            file,
-            embedding,
+    ]
+    retrieval = [
+        _Check(
+            "golden_mrr",
+            f"MRR@5 on the golden set is at least {embedding.mrr_floor:g}{against}.",
+            lambda connection, column, thorough, run_id: _golden_mrr(
+                file, connection, column, thorough, run_id
+            ),
+        ),
+        _Check(
             "index_recall",
             f"The HNSW index finds at least {embedding.recall_floor:.0%} of what an exact search "
             "finds.",
             lambda connection, column, thorough, run_id: _index_recall(
                 file, connection, column, thorough, run_id
             ),
-            after,
         ),
+    ]
+    return [
+        _checks(file, embedding, "rows", rows, []),
+        _checks(file, embedding, "retrieval", retrieval, [names.quality_key(file.spec)]),
     ]
 
 
-def _check(
+@dataclass(frozen=True)
+class _Check:
+    name: str
+    description: str
+    measure: Measure
+
+
+def _checks(
     file: TableFile,
     embedding: EmbeddingSpec,
-    name: str,
-    description: str,
-    measure: Measure,
-    after: list[dg.AssetKey] | None = None,
+    what: str,
+    checks: list[_Check],
+    after: list[dg.AssetKey],
 ) -> dg.AssetChecksDefinition:
+    """Checks of one column as one step, any of which can be selected alone."""
     key = names.column_key(file.spec, embedding)
+    specs = [
+        dg.AssetCheckSpec(
+            check.name, asset=key, description=check.description, additional_deps=after
+        )
+        for check in checks
+    ]
 
-    @dg.asset_check(asset=key, name=name, description=description, additional_deps=after or [])
-    def check(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
+    @dg.multi_asset_check(
+        name=f"{key.to_python_identifier()}_{what}_checks", specs=specs, can_subset=True
+    )
+    def run_checks(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+        selected = {check.name for check in context.selected_asset_check_keys}
         thorough = key not in (context.run.asset_selection or ())
-        try:
-            column = bind_column(file.spec, embedding.column)
-            with connect() as connection:
-                verdict = measure(connection, column, thorough, context.run.run_id)
-        except PipelineError as error:
-            verdict = not_evaluated(str(error))
-        except psycopg.Error as error:
-            verdict = not_evaluated(f"the database said: {str(error).strip()}")
-        return check_result(verdict)
+        for check in checks:
+            if check.name not in selected:
+                continue
+            try:
+                column = bind_column(file.spec, embedding.column)
+                with connect() as connection:
+                    verdict = check.measure(connection, column, thorough, context.run.run_id)
+            except PipelineError as error:
+                verdict = not_evaluated(str(error))
+            except psycopg.Error as error:
+                verdict = not_evaluated(f"the database said: {str(error).strip()}")
+            yield check_result(verdict, key, check.name)
 
-    return check
+    return run_checks
 
 
-def check_result(verdict: Verdict) -> dg.AssetCheckResult:
+def check_result(verdict: Verdict, key: dg.AssetKey, name: str) -> dg.AssetCheckResult:
     """A verdict as Dagster records it: "not evaluated" is a failed check of severity WARN."""
     return dg.AssetCheckResult(
+        asset_key=key,
+        check_name=name,
         passed=verdict.passed,
         severity=dg.AssetCheckSeverity.ERROR
         if verdict.severity == "error"

@@ -23,8 +23,9 @@ from embedding_pipeline.components.decide import (
     decide,
     wants_evaluation,
 )
+from embedding_pipeline.components.processes import fail_dead_runs
 from embedding_pipeline.errors import PipelineError
-from embedding_pipeline.settings import load_settings
+from embedding_pipeline.identity import check_identity_cheaply
 from embedding_pipeline.spec import EmbeddingSpec, TableSpec, dagster_name, undagster_name
 from embedding_pipeline.spec_files import TableFile
 from embedding_pipeline.store.catalogue import bind_columns
@@ -32,7 +33,6 @@ from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import connect
 from embedding_pipeline.store.lease import LeaseRow, read_leases, release_lapsed
 from embedding_pipeline.store.pending import count_by_partition
-from embedding_pipeline.store.registry import verify
 from embedding_pipeline.store.results import note_pending
 
 INTERVAL_SECONDS = 10
@@ -121,6 +121,7 @@ class _Tick:
 def _tick(instance: dg.DagsterInstance, table: TableSpec) -> _Tick:
     log: list[str] = []
     errors: list[str] = []
+    log += fail_dead_runs(instance, table)
     runs = _unfinished_runs(instance, table)
     try:
         with connect() as connection:
@@ -143,7 +144,7 @@ def _tick(instance: dg.DagsterInstance, table: TableSpec) -> _Tick:
         return _Tick([], [], [str(error).strip()], log)
     if errors:
         _bindings.pop(table.table, None)
-    return _Tick(requests, reasons, errors, log + reasons)
+    return _Tick(requests, reasons, errors, log)
 
 
 def _column_facts(
@@ -155,7 +156,7 @@ def _column_facts(
 ) -> ColumnFacts:
     name = column.embedding.column
     try:
-        verify(connection, column, load_settings().embedding_pipeline_environment)
+        check_identity_cheaply(connection, column)
     except PipelineError as error:
         return ColumnFacts(name, {}, problem=str(error))
     try:
