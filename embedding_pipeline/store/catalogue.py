@@ -249,13 +249,23 @@ def _check_partition_column(table: TableSpec, facts: TableFacts) -> None:
             f"table {table.table}: partitions by month need a date or timestamp column; "
             f"{column} is {kind.strip()}"
         )
-    for trigger in facts.update_triggers:
+    for trigger in firing_triggers(table, facts):
         if trigger.row and trigger.before and _assigns(trigger, column):
             raise SchemaError(
                 f"table {table.table}: trigger {trigger.name} sets {column} on every update, so "
                 "embedding a row would move it into this month's partition; partition by a column "
                 "that an update leaves alone (when the row was created), or by hash"
             )
+
+
+def firing_triggers(table: TableSpec, facts: TableFacts) -> list[Trigger]:
+    """The user's triggers that writing a vector fires: not those for UPDATE OF other columns."""
+    written = {
+        name
+        for embedding in table.embeddings
+        for name in (embedding.column, embedding.fingerprint_column)
+    }
+    return [t for t in facts.update_triggers if not t.columns or written & set(t.columns)]
 
 
 def _assigns(trigger: Trigger, column: str) -> bool:

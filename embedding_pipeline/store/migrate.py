@@ -208,8 +208,8 @@ def _migrate_table(
 ) -> tuple[list[Statement], list[PipelineError]]:
     vector_schema = project_schema.vector_schema(connection)
     now = _prepare_table(connection, table, vector_schema, choices)
-    if not now.statements and not _busy(now):
-        return [], now.problems
+    if not now.statements and not now.problems:
+        return [], []
     for warning in now.warnings:
         report(f"warning: {warning}")
 
@@ -255,9 +255,15 @@ def _prepare_table(
         if mine:
             _plan_columns(connection, mine, known, choices, result)
             if result.statements:
-                result.warnings += warn_of_triggers(facts, mine)
+                result.warnings += _trigger_warnings(table, facts)
     except PipelineError as error:
         result.problems.append(error)
+        result.statements.clear()
+    except psycopg.DatabaseError as error:
+        # for instance an index that another session has just dropped
+        result.problems.append(
+            SchemaError(f"table {table.table}: cannot read the catalogue: {ddl.primary(error)}")
+        )
         result.statements.clear()
     return result
 
@@ -392,21 +398,15 @@ def _additions(column: Column) -> tuple[sql.Composable, sql.Composable]:
     )
 
 
-def warn_of_triggers(facts: TableFacts, columns: Sequence[Column]) -> list[str]:
-    """The user's triggers that writing vectors will fire, in words."""
-    written = {
-        name
-        for column in columns
-        for name in (column.embedding.column, column.embedding.fingerprint_column)
-    }
-    firing = [t for t in facts.update_triggers if not t.columns or written & set(t.columns)]
+def _trigger_warnings(table: TableSpec, facts: TableFacts) -> list[str]:
+    firing = catalogue.firing_triggers(table, facts)
     if not firing:
         return []
     names = "; ".join(f"{trigger.name} ({trigger.definition})" for trigger in firing)
     return [
-        f"table {columns[0].table.table}: writing a vector is an UPDATE of its row and fires "
-        f"{names}. Let a trigger that should not see that name its columns (UPDATE OF …), or "
-        "end it early with WHEN (OLD.text IS DISTINCT FROM NEW.text)"
+        f"table {table.table}: writing a vector is an UPDATE of its row and fires {names}. Let a "
+        "trigger that should not see that name its columns (BEFORE UPDATE OF body …) or add "
+        "WHEN (OLD.body IS DISTINCT FROM NEW.body)"
     ]
 
 

@@ -72,7 +72,10 @@ def plan_project(connection: Connection) -> list[Statement]:
     steps = []
     if found is None:
         steps.append(
-            Statement(sqlfiles.read("project/create_schema"), "create the project's schema")
+            Statement(
+                sqlfiles.compose("project/create_schema").as_string(connection),
+                "create the project's schema",
+            )
         )
     for number, name in files:
         if number > (found or 0):
