@@ -61,6 +61,7 @@ class Limiter:
         self.in_flight = 0
         self._sleep, self._clock = sleep, clock
         self._queued = 0
+        self._waited_for_place = self._waited_for_rate = False
         self._line = asyncio.Lock()
         self._freed = asyncio.Event()
         self._latency: float | None = None
@@ -111,6 +112,7 @@ class Limiter:
     async def _turn(self) -> float:
         while True:
             if self.in_flight >= max(1, math.ceil(self.window)):
+                self._waited_for_place = True
                 self._freed.clear()
                 await self._freed.wait()
                 continue
@@ -118,6 +120,7 @@ class Limiter:
             wait = max(self._next_send, self._paused_until) - now
             if wait <= 0:
                 return now
+            self._waited_for_rate = self._waited_for_rate or self._next_send > self._paused_until
             await self._sleep(wait)
 
     def _gap(self) -> float:
@@ -187,6 +190,9 @@ class Limiter:
             self._search = _Search()
 
     def _try_more_places(self) -> None:
+        if not self._waited_for_place:
+            return  # not what holds us back
+        self._waited_for_place = False
         self._places_calm += 1
         if self._places_calm >= HOLD:
             self._places_calm = HOLD // 2
@@ -194,6 +200,9 @@ class Limiter:
             self._places_step *= 2
 
     def _try_higher_rate(self, rate: float) -> None:
+        if not self._waited_for_rate:
+            return
+        self._waited_for_rate = False
         self._rate_calm += 1
         known_good = MARGIN * self._bad_rate
         if rate < known_good:
@@ -250,7 +259,11 @@ class _Search:
             pays = rate >= 0.97 * rate_before
         if pays and window > window_before:
             return self._change(window, ceiling, rate)
-        self._settle()
+        if self._factor == self.WIDER:
+            # twice as many do not pay, perhaps some more do
+            self._before, self._factor = None, self.A_BIT_WIDER
+        else:
+            self._settle()
         return window if pays else window_before
 
     def _change(self, window: float, ceiling: float, rate: float) -> float:

@@ -112,7 +112,7 @@ def test_a_tei_that_hangs_is_left_and_probed_once_at_a_time(
     server.rule = lambda number, inputs: Hang()
 
     async def main() -> None:
-        async with fallback_of(server, other, query_seconds=0.2) as embedder:
+        async with fallback_of(server, other, query_seconds=1.5) as embedder:
             embedder._head_start = 0.0
             assert (await embedder.embed_query("first")).fell_back
             for number in range(20):

@@ -125,7 +125,7 @@ def test_a_server_that_hangs_is_left_after_the_timeout(
     server.script(Hang())
 
     async def main() -> None:
-        endpoint = endpoint_of(server, dialect, timeout_seconds=0.2)
+        endpoint = endpoint_of(server, dialect, timeout_seconds=1.5)
         result = await embed_all(embedder_of(endpoint, server), wanted)
         assert_is_truth(result, server, wanted)
         assert result.requests == 2
