@@ -72,8 +72,7 @@ def _facts(connection: Connection, table: TableSpec, vector_schema: str | None) 
     quoted = sql.Identifier(*filter(None, (name.schema, name.name))).as_string(connection)
     with connection.cursor(row_factory=dict_row) as cursor:
         row = cursor.execute(sqlfiles.query("catalogue/table"), [quoted]).fetchone()
-    # Postgres cuts a name that is too long, and may then find another table
-    if row is None or row["name"] != name.name:
+    if row is None:
         raise SchemaError(_missing_table(connection, table))
     title = f"table {table.table}"
     if row["encoding"] != "UTF8":
@@ -200,23 +199,6 @@ def _check_columns(table: TableSpec, facts: TableFacts) -> None:
                 f"table {table.table} has no column {name} ({where} in its YAML)"
                 f"{_did_you_mean(name, known)}"
             )
-    taken: dict[str, str] = {name: f"named by {where}" for name, where in used}
-    for embedding in table.embeddings:
-        for name, role in (
-            (embedding.column, f"the embedding column {embedding.column}"),
-            (embedding.fingerprint_column, f"the fingerprint of {embedding.column}"),
-        ):
-            if len(name.encode()) > 63:
-                raise SchemaError(
-                    f"table {table.table}: {role} has a name of {len(name.encode())} bytes; "
-                    "Postgres keeps 63, so choose a shorter one"
-                )
-            if name in taken:
-                raise SchemaError(
-                    f"table {table.table}: column {name} would be both {taken[name]} and {role}; "
-                    f"rename the embedding column {embedding.column}"
-                )
-            taken[name] = role
 
 
 def _check_key(table: TableSpec, facts: TableFacts, unique_keys: list[list[str]]) -> None:

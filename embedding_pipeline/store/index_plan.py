@@ -195,7 +195,9 @@ def wanted_queues(connection: Connection, columns: Sequence[Column]) -> list[Wan
 def same_meaning(connection: Connection, column: Column, stored: str) -> bool:
     """Whether a registered expected-expression is this column's, spelled differently.
 
-    Postgres parses both on an empty clone and writes them in its own way.
+    Postgres parses both on an empty clone and writes them in its own way. Where the registered
+    one no longer parses, because a column was renamed, the pending index is looked at: Postgres
+    has renamed the column in there too.
     """
     with clone(connection, [column]) as temporary:
         written = []
@@ -206,13 +208,19 @@ def same_meaning(connection: Connection, column: Column, stored: str) -> bool:
                         sql.SQL("CREATE INDEX ON {} (({}))").format(temporary, expression)
                     )
             except psycopg.DatabaseError:
-                return False  # it names a column that is gone, say
+                break
             row = connection.execute(
                 sqlfiles.query("catalogue/newest_expression"), [temporary.as_string(connection)]
             ).fetchone()
             assert row is not None
             written.append(row[0])
-    return bool(written[0] == written[1])
+    if len(written) == 2:
+        return bool(written[0] == written[1])
+    wanted = wanted_queues(connection, [column])
+    return any(
+        index.valid and index.name == column.pending_index and wanted[0].matches(index)
+        for index in existing_indexes(connection, column.facts.oid)
+    )
 
 
 def plan_index(

@@ -32,7 +32,7 @@ BLOATED_RATIO = 20
 """Rebuilt when it is so many times larger than its rows need."""
 _ROW_BYTES = 100  # of a pending index: a generous guess for partition and key
 
-_OLD_SNAPSHOT_SECONDS = 10
+OLD_SNAPSHOT_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def reindex_pending_if_bloated(
     if not bloated and not old:
         return False
     row = connection.execute(
-        sqlfiles.query("catalogue/old_snapshot"), [_OLD_SNAPSHOT_SECONDS]
+        sqlfiles.query("catalogue/old_snapshot"), [OLD_SNAPSHOT_SECONDS]
     ).fetchone()
     if row is not None:
         report(

@@ -15,7 +15,7 @@ from embedding_pipeline.store.column import TableFacts
 from embedding_pipeline.store.connection import connect
 from embedding_pipeline_tests.conftest import with_database
 from embedding_pipeline_tests.sessions import as_role
-from embedding_pipeline_tests.tables import create_docs, embedding, spec
+from embedding_pipeline_tests.tables import create_docs, spec
 
 Connection = psycopg.Connection[Any]
 
@@ -84,12 +84,6 @@ def test_a_missing_table_comes_with_a_suggestion(connection: Connection) -> None
     assert "did you mean docs?" in refusal(connection, spec("doc"))
     assert "did you mean shop.notes?" in refusal(connection, spec("notes"))
     assert "there is no table Docs" in refusal(connection, spec("Docs"))
-
-
-def test_a_name_that_postgres_would_cut_does_not_find_another_table(connection: Connection) -> None:
-    create_docs(connection, table="d" * 63)
-
-    assert "there is no table" in refusal(connection, spec("d" * 64))
 
 
 @pytest.mark.parametrize(
@@ -320,18 +314,3 @@ def test_month_needs_a_date_or_timestamp(connection: Connection) -> None:
 
     wrong = spec(partitions={"by": "month", "column": "body"})
     assert "need a date or timestamp column; body is text" in refusal(connection, wrong)
-
-
-def test_one_column_cannot_have_two_roles(connection: Connection) -> None:
-    create_docs(connection)
-    both = spec(embeddings=[embedding("e"), embedding("e_fingerprint")])
-
-    assert "e_fingerprint would be both the fingerprint of e and" in refusal(connection, both)
-
-
-def test_a_column_name_of_more_than_63_bytes_is_refused(connection: Connection) -> None:
-    create_docs(connection)
-
-    message = refusal(connection, spec(embeddings=[embedding("é" * 32)]))
-
-    assert "has a name of 64 bytes" in message
