@@ -10,10 +10,10 @@ The queues between the stages are bounded, which is what keeps memory flat.
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 import numpy as np
@@ -22,21 +22,26 @@ import psycopg
 from embedding_pipeline.embedders import Embedder, EmbedError, EmbedResult
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.store.column import Column
-from embedding_pipeline.store.connection import DatabaseUnreachableError, open_async
-from embedding_pipeline.store.pending import PendingRow, read_page
-from embedding_pipeline.store.quarantine import Refusal, json_key, quarantine
-from embedding_pipeline.store.writer import StagedRow, Writer, Written, reuse_query
+from embedding_pipeline.store.pending import PAGE_BYTES, PendingRow, read_page
+from embedding_pipeline.store.quarantine import Refusal, quarantine
+from embedding_pipeline.store.reconnecting import ReconnectingConnection
+from embedding_pipeline.store.writer import StagedRow, Writer, Written, stored_vectors
 
-REMEMBERED_VECTORS = 2048
-"""Recent vectors kept for equal texts and for rows that were locked (12 MB at 1536)."""
+REMEMBERED_BYTES = 32 * 1024 * 1024
+"""Of recent vectors kept for equal texts, and as much again for rows that were locked."""
+REMEMBERED_PLACES = 200_000
+"""Texts of which a run remembers in which row their vector is, once the vector is forgotten."""
+BATCH_BYTES = 1024 * 1024
+"""A batch is full with this much text, whatever its number of rows: memory stays flat."""
+MOST_OUTSTANDING = 8192
+"""Rows between reader and writer: a text that a million rows share is one input only."""
 MOST_PASSES = 8
 """How often a run re-reads its partitions for rows that arrived or were locked meanwhile."""
-RECONNECT_SECONDS = 60.0
+MOST_IDLE_PASSES = 3
+"""After so many passes in a row that changed nothing a run leaves the rest to the next one."""
 PROGRESS_SECONDS = 0.5
-REFUSALS_ALWAYS_ALLOWED = 20
-"""Below this many a share says nothing: one bad row in a table of ten is 10 %."""
 
-Result = TypeVar("Result")
+Vector = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -123,11 +128,11 @@ class BackfillError(PipelineError):
 
 @dataclass
 class _Waiting:
-    """An input on its way to the provider and the rows that wait for its vector."""
+    """An input on its way to the provider and the rows (partition, key) that wait for it."""
 
     text: str
     fingerprint: UUID
-    rows: list[tuple[str, PendingRow]] = field(default_factory=list)
+    rows: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
 
 
 @dataclass
@@ -135,14 +140,62 @@ class _Batch:
     """Inputs of one request and what they are estimated to cost, in US dollars."""
 
     inputs: list[_Waiting] = field(default_factory=list)
+    characters: int = 0
     estimate: float = 0.0
 
 
 @dataclass(frozen=True)
 class _Write:
+    """A row for the writer: with a vector, to be cleared, or (with an error) to quarantine."""
+
     partition: str
     row: StagedRow
     kind: str
+    """The count in `Counts` that it adds to when it is done."""
+    error: str = ""
+
+
+class _Memory:
+    """What a run must not pay for twice, within a fixed number of bytes."""
+
+    def __init__(self, dimensions: int) -> None:
+        self.most = max(256, REMEMBERED_BYTES // (4 * dimensions))
+        self.recent: OrderedDict[UUID, Vector] = OrderedDict()
+        self.locked: dict[UUID, tuple[Vector, str]] = {}
+        """Not written because somebody held the row, and what the row counts as."""
+        self.given_up: set[UUID] = set()
+        """The same, but without room for the vector: such rows are left to the next run."""
+        self.places: OrderedDict[UUID, tuple[str, ...]] = OrderedDict()
+        """The key of a row that was given this vector."""
+        self.refused: dict[UUID, str] = {}
+
+    def vector(self, fingerprint: UUID) -> tuple[Vector, str] | None:
+        """A text's vector, if it is at hand, and what a row counts as that is given it."""
+        if (locked := self.locked.get(fingerprint)) is not None:
+            return locked
+        if (vector := self.recent.get(fingerprint)) is None:
+            return None
+        self.recent.move_to_end(fingerprint)
+        return vector, "reused"
+
+    def keep(self, fingerprint: UUID, vector: Vector) -> None:
+        self.recent[fingerprint] = vector
+        self.recent.move_to_end(fingerprint)
+        while len(self.recent) > self.most:
+            self.recent.popitem(last=False)
+
+    def keep_locked(self, fingerprint: UUID, vector: Vector, kind: str) -> None:
+        if len(self.locked) < self.most:
+            self.locked.setdefault(fingerprint, (vector, kind))
+        elif fingerprint not in self.locked:
+            self.given_up.add(fingerprint)
+
+    def written(self, fingerprint: UUID, key: tuple[str, ...]) -> None:
+        if (locked := self.locked.pop(fingerprint, None)) is not None:
+            self.keep(fingerprint, locked[0])
+        self.places[fingerprint] = key
+        if len(self.places) > REMEMBERED_PLACES:
+            self.places.popitem(last=False)
 
 
 class _Run:
@@ -155,118 +208,183 @@ class _Run:
         options: Options,
         check: Callable[[], None],
         expected: int | None,
-        on_progress: Callable[[Progress], None] | None,
-        on_partition: Callable[[str, Counts], None] | None,
         most_refused: int | None,
+        on_progress: Callable[[Progress], None] | None,
     ) -> None:
         self.url, self.column, self.embedder, self.options = url, column, embedder, options
-        self.check, self.expected = check, expected
-        self.on_progress, self.on_partition = on_progress, on_partition
-        self.most_refused = most_refused
+        self.check, self.expected, self.most_refused = check, expected, most_refused
+        self.on_progress = on_progress
         self.outcome = Outcome({key: Counts() for key in partitions})
+        self.memory = _Memory(column.embedding.dimensions)
+        self.most_in_page = max(options.batch_size * 4, 512)
+        self.page_rows = self.most_in_page
+        self.most_outstanding = max(MOST_OUTSTANDING, 4 * options.batch_size * options.concurrency)
         self.batch = _Batch()
         self.inputs: asyncio.Queue[_Batch | None] = asyncio.Queue(options.concurrency)
         self.writes: asyncio.Queue[list[_Write] | None] = asyncio.Queue(options.concurrency * 2)
         self.flying: dict[UUID, _Waiting] = {}
-        self.known: OrderedDict[UUID, np.ndarray[Any, np.dtype[np.float32]]] = OrderedDict()
         self.outstanding = 0
+        self.batches_out = 0
         self.settled = asyncio.Condition()
-        self.failure: BaseException | None = None
+        self.failure: Exception | None = None
+        self.too_dear = False
         self.reserved_cost = 0.0
+        self.reading = ""
         self.started = time.monotonic()
 
     # ---- reading -----------------------------------------------------------------------------
 
     async def read(self) -> None:
         """Feed every pending row of every partition, again and again until nothing is left."""
-        todo = list(self.outcome.partitions)
-        connection = _Connection(self.url)
-        stalled = 0
+        connection = ReconnectingConnection(self.url)
         try:
-            for _ in range(MOST_PASSES):
-                before = self.outcome.total.written
-                found = [key for key in todo if await self._read_partition(connection, key)]
-                await self._send()
-                await self._drained()
-                if self.failure or self.outcome.stopped or not found:
-                    return
-                todo = found
-                if self.outcome.total.written == before:
-                    stalled += 1
-                    if stalled > 2:
-                        return
-                    await asyncio.sleep(0.2 * 2**stalled)
-            if todo:
-                self.outcome.stopped = "rows keep arriving; the next run goes on"
+            await self._read_passes(connection)
         finally:
             await connection.close()
 
-    async def _read_partition(self, connection: "_Connection", key: str) -> bool:
+    async def _read_passes(self, connection: ReconnectingConnection) -> None:
+        todo = list(self.outcome.partitions)
+        idle = 0
+        for _ in range(MOST_PASSES):
+            before = self._done()
+            locked = self.outcome.total.locked
+            todo = [key for key in todo if await self._read_partition(connection, key)]
+            await self._send()
+            await self._wait_until(lambda: self.outstanding == 0)
+            if self.failure or self.outcome.stopped or not todo:
+                return
+            idle = idle + 1 if self._done() == before else 0
+            if idle == MOST_IDLE_PASSES:
+                held = self.outcome.total.locked - locked
+                self.outcome.stopped = (
+                    f"other sessions hold {held} rows; the next run goes on"
+                    if held
+                    else "rows change faster than they are embedded; the next run goes on"
+                )
+                return
+            if idle:
+                await asyncio.sleep(0.2 * 2**idle)
+        self.outcome.stopped = "rows keep arriving; the next run goes on"
+
+    def _done(self) -> int:
+        total = self.outcome.total
+        return total.written + total.quarantined + total.gone
+
+    async def _read_partition(self, connection: ReconnectingConnection, partition: str) -> bool:
         """Hand a partition's pending rows on; True when it had any."""
-        counts = self.outcome.partitions[key]
+        self.reading = partition
         position: tuple[str, ...] | None = None
         found = False
         while not (self.failure or self.outcome.stopped):
             self.check()
-            most = max(self.options.batch_size * 4, 512)
+            most = self.page_rows
             if self.options.limit is not None:
                 most = min(most, self.options.limit - self.outcome.total.read)
-                if most <= 0:
-                    self.outcome.stopped = f"limit of {self.options.limit} rows reached"
-                    break
-            page = await connection.run(partial(self._page, key, position, most))
+            page = await connection.run(
+                partial(self._page, partition=partition, position=position, most=max(1, most))
+            )
             if not page:
                 break
+            if most <= 0:
+                self.outcome.stopped = f"limit of {self.options.limit} rows reached"
+                break
             found = True
-            counts.read += len(page)
             position = page[-1].position
-            for row in await self._reuse(connection, key, page):
-                await self._hand_on(key, row)
+            self._size_pages(page)
+            await self._recall(connection, page)
+            await self._hand_on(partition, page)
         return found
 
     async def _page(
         self,
-        key: str,
+        connection: "psycopg.AsyncConnection[Any]",
+        partition: str,
         position: tuple[str, ...] | None,
         most: int,
-        connection: "psycopg.AsyncConnection[Any]",
     ) -> list[PendingRow]:
-        return await read_page(connection, self.column, key, position, most)
+        try:
+            return await read_page(connection, self.column, partition, position, most)
+        except psycopg.DataError as error:
+            raise PipelineError(
+                f"{self.column}: partition {partition!r} cannot be read: {str(error).strip()}"
+            ) from error
 
-    async def _reuse(
-        self, connection: "_Connection", key: str, page: list[PendingRow]
-    ) -> list[PendingRow]:
-        """With `reuse: true`, copy vectors that the column already has for equal texts."""
+    def _size_pages(self, page: list[PendingRow]) -> None:
+        """Ask for about as many rows as a page may have bytes, so that none are read in vain."""
+        characters = sum(len(row.text or "") for row in page)
+        fitting = PAGE_BYTES * len(page) // max(1, characters)
+        self.page_rows = max(1, min(self.most_in_page, fitting))
+
+    async def _recall(self, connection: ReconnectingConnection, page: list[PendingRow]) -> None:
+        """Fetch vectors that the column has already for these rows' texts.
+
+        Of texts that this run has paid for and forgotten; with `reuse: true`, of any.
+        """
+        memory = self.memory
+        wanted = {
+            row.fingerprint
+            for row in page
+            if row.fingerprint is not None
+            and memory.vector(row.fingerprint) is None
+            and row.fingerprint not in self.flying
+        }
+        places: list[tuple[str, ...]] | None = None
         if not self.column.embedding.reuse:
-            return page
-        rows = [row for row in page if row.fingerprint is not None]
-        parameters = [[json_key(row.key) for row in rows], [row.fingerprint for row in rows]]
+            wanted &= memory.places.keys()
+            places = [memory.places[fingerprint] for fingerprint in wanted]
+        if not wanted:
+            return
+        fingerprints = list(wanted)
+        stored = await connection.run(
+            lambda c: stored_vectors(c, self.column, fingerprints, places)
+        )
+        for fingerprint, vector in stored.items():
+            memory.keep(fingerprint, vector)
 
-        async def copy(c: "psycopg.AsyncConnection[Any]") -> set[int]:
-            cursor = await c.execute(reuse_query(self.column), parameters)
-            return {position - 1 for (position,) in await cursor.fetchall()}
+    async def _hand_on(self, partition: str, page: list[PendingRow]) -> None:
+        """Give rows to the writer where nothing is to be embedded, else to the provider."""
+        if self.outstanding >= self.most_outstanding:
+            await self._send()
+            await self._wait_until(lambda: self.outstanding < self.most_outstanding)
+        ready: list[_Write] = []
+        for row in page:
+            fingerprint = row.fingerprint
+            if fingerprint is None or row.text is None:
+                ready.append(_Write(partition, StagedRow(row.key, None, None), "cleared"))
+            elif (error := self.memory.refused.get(fingerprint)) is not None:
+                staged = StagedRow(row.key, fingerprint, None)
+                ready.append(_Write(partition, staged, "quarantined", error))
+            elif (known := self.memory.vector(fingerprint)) is not None:
+                ready.append(_Write(partition, StagedRow(row.key, fingerprint, known[0]), known[1]))
+            elif fingerprint not in self.memory.given_up:
+                await self._embed_later(partition, row.key, fingerprint, row.text)
+                continue
+            else:
+                continue
+            self._count_read(partition)
+        if ready:
+            await self.writes.put(ready)
 
-        done = {rows[position].key for position in await connection.run(copy)}
-        self.outcome.partitions[key].reused += len(done)
-        return [row for row in page if row.key not in done]
-
-    async def _hand_on(self, key: str, row: PendingRow) -> None:
+    def _count_read(self, partition: str) -> None:
+        self.outcome.partitions[partition].read += 1
         self.outstanding += 1
-        if row.fingerprint is None or row.text is None:
-            await self.writes.put([_Write(key, StagedRow(row.key, None, None), "cleared")])
+
+    async def _embed_later(
+        self, partition: str, key: tuple[str, ...], fingerprint: UUID, text: str
+    ) -> None:
+        if self.too_dear:
             return
-        vector = self.known.get(row.fingerprint)
-        if vector is not None:
-            self.known.move_to_end(row.fingerprint)
-            staged = StagedRow(row.key, row.fingerprint, vector)
-            await self.writes.put([_Write(key, staged, "reused")])
-            return
-        waiting = self.flying.get(row.fingerprint)
+        self._count_read(partition)
+        waiting = self.flying.get(fingerprint)
         if waiting is None:
-            waiting = self.flying[row.fingerprint] = _Waiting(row.text, row.fingerprint)
+            waiting = self.flying[fingerprint] = _Waiting(text, fingerprint)
             self.batch.inputs.append(waiting)
-        waiting.rows.append((key, row))
-        if len(self.batch.inputs) >= self.options.batch_size:
+            self.batch.characters += len(text)
+        waiting.rows.append((partition, key))
+        if (
+            len(self.batch.inputs) >= self.options.batch_size
+            or self.batch.characters >= BATCH_BYTES
+        ):
             await self._send()
 
     async def _send(self) -> None:
@@ -274,16 +392,29 @@ class _Run:
         batch, self.batch = self.batch, _Batch()
         if not batch.inputs:
             return
-        if self.options.max_cost is not None:
-            tokens = sum(self.embedder.estimate_tokens(item.text) for item in batch.inputs)
-            batch.estimate = self.embedder.cost(tokens)
-            spent = self.outcome.cost + self.reserved_cost
-            if spent + batch.estimate > self.options.max_cost:
-                self.outcome.stopped = f"max_cost of ${self.options.max_cost:g} would be passed"
-                await self._abandon(batch.inputs)
-                return
-            self.reserved_cost += batch.estimate
+        if self.options.max_cost is not None and not await self._affordable(batch):
+            self.too_dear = True
+            self.outcome.stopped = f"max_cost of ${self.options.max_cost:g} would be passed"
+            await self._abandon(batch.inputs)
+            return
+        self.batches_out += 1
         await self.inputs.put(batch)
+
+    async def _affordable(self, batch: _Batch) -> bool:
+        """Reserve a batch's estimated cost, once it is known what those before it came to."""
+        most = self.options.max_cost or 0.0
+        texts = [item.text for item in batch.inputs]
+        tokens = await asyncio.to_thread(lambda: sum(map(self.embedder.estimate_tokens, texts)))
+        batch.estimate = self.embedder.cost(tokens)
+
+        def fits() -> bool:
+            return self.outcome.cost + self.reserved_cost + batch.estimate <= most
+
+        await self._wait_until(lambda: fits() or self.batches_out == 0)
+        if not fits():
+            return False
+        self.reserved_cost += batch.estimate
+        return True
 
     async def _abandon(self, inputs: Sequence[_Waiting]) -> None:
         """Let rows go without a vector: they stay pending."""
@@ -296,34 +427,68 @@ class _Run:
             self.outstanding -= rows
             self.settled.notify_all()
 
-    async def _drained(self) -> None:
+    async def _wait_until(self, condition: Callable[[], bool]) -> None:
+        """Until the condition holds or the run has failed."""
         async with self.settled:
-            await self.settled.wait_for(lambda: self.outstanding == 0 or self.failure is not None)
+            await self.settled.wait_for(lambda: condition() or self.failure is not None)
+
+    async def _fail(self, error: Exception) -> None:
+        async with self.settled:
+            if self.failure is None:
+                self.failure = error
+            self.settled.notify_all()
 
     # ---- embedding ---------------------------------------------------------------------------
 
     async def embed(self) -> None:
         """Take batches until there are none; one of several such workers."""
         while (batch := await self.inputs.get()) is not None:
-            if self.failure is not None:
-                await self._abandon(batch.inputs)
-                continue
             try:
-                result = await self.embedder.embed([item.text for item in batch.inputs])
-            except EmbedError as error:
-                if error.partial is not None:
-                    await self._take(batch, error.partial)
-                else:
-                    await self._abandon(batch.inputs)
-                await self._fail(error)
+                await self._embed(batch)
             except Exception as error:  # noqa: BLE001 - handed to `run`, which raises it
-                await self._abandon(batch.inputs)
                 await self._fail(error)
-            else:
-                await self._take(batch, result)
+
+    async def _embed(self, batch: _Batch) -> None:
+        if self.failure is not None:
+            await self._abandon(batch.inputs)
+            return
+        try:
+            result = await self.embedder.embed([item.text for item in batch.inputs])
+        except EmbedError as error:
+            if error.partial is not None:
+                await self._take(batch, error.partial)
+            raise
+        await self._take(batch, result)
 
     async def _take(self, batch: _Batch, result: EmbedResult) -> None:
-        """Hand vectors to the writer, refusals to quarantine; what is neither stays pending."""
+        """Hand vectors and refusals to the writer; what is neither stays pending."""
+        self._account(batch, result)
+        truncated = set(result.truncated)
+        writes: list[_Write] = []
+        unfinished: list[_Waiting] = []
+        for index, waiting in enumerate(batch.inputs):
+            self.flying.pop(waiting.fingerprint, None)
+            if (error := result.refused.get(index)) is not None:
+                self.memory.refused[waiting.fingerprint] = error
+                writes += [
+                    _Write(key, StagedRow(row, waiting.fingerprint, None), "quarantined", error)
+                    for key, row in waiting.rows
+                ]
+            elif result.done[index]:
+                # a copy: a view would keep the whole response alive for as long as one row is
+                vector = np.array(result.vectors[index], dtype=np.float32)
+                self.memory.keep(waiting.fingerprint, vector)
+                for number, (key, row) in enumerate(waiting.rows):
+                    self.outcome.partitions[key].truncated += index in truncated
+                    staged = StagedRow(row, waiting.fingerprint, vector)
+                    writes.append(_Write(key, staged, "reused" if number else "embedded"))
+            else:
+                unfinished.append(waiting)
+        if writes:
+            await self.writes.put(writes)
+        await self._abandon(unfinished)
+
+    def _account(self, batch: _Batch, result: EmbedResult) -> None:
         outcome = self.outcome
         outcome.tokens += result.tokens
         outcome.requests += result.requests
@@ -331,115 +496,89 @@ class _Run:
         outcome.retried += result.retried
         outcome.cost += self.embedder.cost(result.tokens)
         self.reserved_cost -= batch.estimate
-        truncated = set(result.truncated)
-        writes: list[_Write] = []
-        refusals: list[Refusal] = []
-        unfinished: list[_Waiting] = []
-        for index, waiting in enumerate(batch.inputs):
-            self.flying.pop(waiting.fingerprint, None)
-            if (error := result.refused.get(index)) is not None:
-                for key, row in waiting.rows:
-                    outcome.partitions[key].quarantined += 1
-                    refusals.append(Refusal(row.key, waiting.fingerprint, error))
-                continue
-            if not result.done[index]:
-                unfinished.append(waiting)
-                continue
-            # a copy: a view would keep the whole response alive for as long as one row is known
-            vector = np.array(result.vectors[index], dtype=np.float32)
-            self._remember(waiting.fingerprint, vector)
-            for number, (key, row) in enumerate(waiting.rows):
-                outcome.partitions[key].truncated += index in truncated
-                kind = "embedded" if number == 0 else "reused"
-                writes.append(_Write(key, StagedRow(row.key, row.fingerprint, vector), kind))
-        if writes:
-            await self.writes.put(writes)
-        if unfinished:
-            await self._abandon(unfinished)
-        if refusals:
-            await self._quarantine(refusals)
-
-    async def _quarantine(self, refusals: list[Refusal]) -> None:
-        connection = _Connection(self.url)
-        try:
-            await connection.run(lambda c: quarantine(c, self.column, refusals))
-        finally:
-            await connection.close()
-        await self._settle(len(refusals))
-        total = self.outcome.total.quarantined
-        if self.most_refused is not None and total > max(
-            self.most_refused, REFUSALS_ALWAYS_ALLOWED
-        ):
-            await self._fail(
-                PipelineError(
-                    f"{self.column}: the provider refused {total} rows, more than "
-                    f"max_quarantined_share allows; the latest says: {refusals[-1].error}"
-                )
-            )
-
-    def _remember(self, fingerprint: UUID, vector: "np.ndarray[Any, np.dtype[np.float32]]") -> None:
-        self.known[fingerprint] = vector
-        self.known.move_to_end(fingerprint)
-        while len(self.known) > REMEMBERED_VECTORS:
-            self.known.popitem(last=False)
-
-    async def _fail(self, error: BaseException) -> None:
-        async with self.settled:
-            if self.failure is None:
-                self.failure = error
-            self.settled.notify_all()
+        self.batches_out -= 1
 
     # ---- writing -----------------------------------------------------------------------------
 
     async def write(self) -> None:
-        """Gather what is ready into batches of the adaptive size and write them."""
+        """Write what is ready, in batches of the adaptive size, until there is no more.
+
+        After an error of its own it goes on taking, so that nobody waits for it.
+        """
         writer = Writer(self.column)
-        connection = _Connection(self.url)
-        ready: list[_Write] = []
-        ended = False
+        connection = ReconnectingConnection(self.url)
+        failed = False
         try:
-            while not ended or ready:
-                if not ready and not ended:
-                    taken = await self.writes.get()
-                    if taken is None:
-                        ended = True
-                        continue
-                    ready += taken
-                while len(ready) < writer.batch_rows and not self.writes.empty():
-                    taken = self.writes.get_nowait()
-                    if taken is None:
-                        ended = True
-                        break
-                    ready += taken
-                batch, ready = ready[: writer.batch_rows], ready[writer.batch_rows :]
-                if batch:
+            async for batch in self._ready(writer):
+                if failed:
+                    continue
+                try:
+                    self.check()
                     await self._write_batch(connection, writer, batch)
-        except Exception as error:  # noqa: BLE001 - handed to `run`, which raises it
-            await self._fail(error)
-            # the reader and the embedders must not wait for a writer that is gone
-            while not ended:
-                ended = await self.writes.get() is None
+                except Exception as error:  # noqa: BLE001 - handed to `run`, which raises it
+                    failed = True
+                    await self._fail(error)
         finally:
             await connection.close()
 
+    async def _ready(self, writer: Writer) -> AsyncIterator[list[_Write]]:
+        ready: list[_Write] = []
+        ended = False
+        while ready or not ended:
+            while not ended and (
+                not ready or (len(ready) < writer.batch_rows and not self.writes.empty())
+            ):
+                taken = await self.writes.get()
+                ended = taken is None
+                ready += taken or []
+            if ready:
+                batch, ready = ready[: writer.batch_rows], ready[writer.batch_rows :]
+                yield batch
+
     async def _write_batch(
-        self, connection: "_Connection", writer: Writer, batch: list[_Write]
+        self, connection: ReconnectingConnection, writer: Writer, batch: list[_Write]
     ) -> None:
-        self.check()
-        counts = await connection.run(lambda c: writer.write(c, [item.row for item in batch]))
-        self._count(batch, counts)
+        refused = [item for item in batch if item.error]
+        rows = [item for item in batch if not item.error]
+        if rows:
+            staged = [item.row for item in rows]
+            self._count(rows, await connection.run(lambda c: writer.write(c, staged)))
+        if refused:
+            await self._quarantine(connection, refused)
         await self._settle(len(batch))
+
+    async def _quarantine(self, connection: ReconnectingConnection, batch: list[_Write]) -> None:
+        refusals = [
+            Refusal(item.row.key, item.row.fingerprint, item.error)
+            for item in batch
+            if item.row.fingerprint is not None
+        ]
+        await connection.run(lambda c: quarantine(c, self.column, refusals))
+        for item in batch:
+            self.outcome.partitions[item.partition].quarantined += 1
+        total = self.outcome.total.quarantined
+        if self.most_refused is not None and total > self.most_refused:
+            await self._fail(
+                PipelineError(
+                    f"{self.column}: the provider refused {total} rows, which brings the "
+                    "quarantined ones past max_quarantined_share; the latest says: "
+                    f"{batch[-1].error}"
+                )
+            )
 
     def _count(self, batch: list[_Write], result: Written) -> None:
         for position, item in enumerate(batch):
             counts = self.outcome.partitions[item.partition]
+            row = item.row
             if position in result.written:
                 setattr(counts, item.kind, getattr(counts, item.kind) + 1)
+                if row.fingerprint is not None:
+                    self.memory.written(row.fingerprint, row.key)
             elif position in result.locked:
                 counts.locked += 1
-                if item.row.vector is not None and item.row.fingerprint is not None:
+                if row.vector is not None and row.fingerprint is not None:
                     # still wanted, and paid for: the next pass finds it here
-                    self._remember(item.row.fingerprint, item.row.vector)
+                    self.memory.keep_locked(row.fingerprint, row.vector, item.kind)
             elif position in result.superseded:
                 counts.superseded += 1
             else:
@@ -457,15 +596,14 @@ class _Run:
         if self.on_progress is None:
             return
         total = self.outcome.total
-        done = total.written
         elapsed = time.monotonic() - self.started
-        rate = done / elapsed if elapsed else 0.0
+        rate = total.written / elapsed if elapsed else 0.0
         remaining = None
         if self.expected is not None:
             most = min(self.expected, self.options.limit or self.expected)
-            remaining = max(0, most - done - total.quarantined - total.gone)
+            remaining = max(0, most - self._done())
         eta = remaining / rate if remaining is not None and rate > 0 else None
-        self.on_progress(Progress(done, rate, remaining, eta))
+        self.on_progress(Progress(total.written, rate, remaining, eta))
 
     async def run(self) -> Outcome:
         reporter = asyncio.create_task(self.report())
@@ -482,66 +620,24 @@ class _Run:
             await self.writes.put(None)
             await writer
         finally:
-            reporter.cancel()
-            for task in [*workers, writer]:
+            for task in (reporter, writer, *workers):
                 task.cancel()
             await asyncio.gather(reporter, writer, *workers, return_exceptions=True)
             self.outcome.seconds = time.monotonic() - self.started
-        if self.on_partition is not None:
-            for key, counts in self.outcome.partitions.items():
-                self.on_partition(key, counts)
         self._report()
         if self.failure is not None:
-            message = str(self.failure) or type(self.failure).__name__
-            raise BackfillError(message, self.outcome) from self.failure
+            raise BackfillError(self._where(self.failure), self.outcome) from self.failure
         return self.outcome
 
-
-class _Connection:
-    """A connection that is opened anew when the server goes away, and retries what is harmless.
-
-    Every operation given to it may be repeated: reads, compare-and-swap writes and upserts.
-    Serialisation failures (40001) and deadlocks (40P01) are transient too.
-    """
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._connection: psycopg.AsyncConnection[Any] | None = None
-
-    async def run(
-        self, operation: Callable[["psycopg.AsyncConnection[Any]"], Awaitable[Result]]
-    ) -> Result:
-        deadline = time.monotonic() + RECONNECT_SECONDS
-        pause = 0.05
-        while True:
-            try:
-                if self._connection is None or self._connection.closed:
-                    self._connection = await open_async(self._url)
-                return await operation(self._connection)
-            except (
-                DatabaseUnreachableError,
-                psycopg.OperationalError,
-                psycopg.InterfaceError,
-            ) as error:
-                if time.monotonic() + pause > deadline or _is_final(error):
-                    raise
-                if self._connection is not None and self._connection.broken:
-                    await self.close()
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, 2.0)
-
-    async def close(self) -> None:
-        if self._connection is not None:
-            await self._connection.close()
-            self._connection = None
-
-
-def _is_final(error: Exception) -> bool:
-    """Operational errors that waiting does not mend."""
-    return isinstance(
-        error,
-        psycopg.errors.DiskFull | psycopg.errors.ConfigurationLimitExceeded,
-    )
+    def _where(self, failure: Exception) -> str:
+        """A failure in words, with where it stopped the run."""
+        said = str(failure).strip() or type(failure).__name__
+        total = self.outcome.total
+        where = f" in partition {self.reading}" if self.reading else ""
+        return (
+            f"{said}\n{self.column}: stopped{where} after {total.read:,} rows were read and "
+            f"{total.written:,} written"
+        )
 
 
 async def backfill(
@@ -555,21 +651,19 @@ async def backfill(
     expected: int | None = None,
     most_refused: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
-    on_partition: Callable[[str, Counts], None] | None = None,
 ) -> Outcome:
     """Bring the pending rows of some partitions of a column up to date.
 
     Args:
-        url: Postgres connection string; three connections are used at most.
+        url: Postgres connection string; two connections are used.
         column: the column, bound to its table.
         partitions: partition keys; rows of others are not touched.
         embedder: gives float32 vectors of the column's width; started already, closed by the
             caller.
         check: called before each page and each write; what it raises stops the run.
         expected: how many rows are pending, for the progress report.
-        most_refused: the run stops once the provider has refused more rows than this.
+        most_refused: the run stops once it has quarantined more rows than this.
         on_progress: called every `PROGRESS_SECONDS` and at the end.
-        on_partition: called with each partition's counts at the end.
 
     Raises BackfillError when the run had to stop (the provider gave up, the database went away,
     the lease was lost): everything finished by then is written, and the error carries its counts.
@@ -582,9 +676,8 @@ async def backfill(
         options or Options(),
         check,
         expected,
-        on_progress,
-        on_partition,
         most_refused,
+        on_progress,
     )
     return await run.run()
 

@@ -4,27 +4,37 @@ What an asset does, and what the command line's dry run announces.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
+
+import psycopg
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from embedding_pipeline.backfill import BackfillError, Counts, Options, Outcome, Progress, backfill
 from embedding_pipeline.embedders import Embedder, create_embedder, load_endpoints
-from embedding_pipeline.errors import LeaseError, SpecError
+from embedding_pipeline.errors import LeaseError, PipelineError, SpecError
 from embedding_pipeline.settings import load_settings
 from embedding_pipeline.spec import EmbeddingSpec
 from embedding_pipeline.store.column import Column
-from embedding_pipeline.store.connection import connect
-from embedding_pipeline.store.lease import Lease, LeaseRow, describe_holders
+from embedding_pipeline.store.connection import DatabaseUnreachableError, connect
+from embedding_pipeline.store.lease import LAPSE_SECONDS, Lease, LeaseRow, describe_holders
 from embedding_pipeline.store.pending import (
     count_by_partition,
     count_kinds,
     estimated_rows,
     sample_pending,
 )
-from embedding_pipeline.store.quarantine import count_quarantined
 from embedding_pipeline.store.registry import verify
 from embedding_pipeline.store.results import RunResult, note_pending, record_run
+
+SAMPLED_TEXTS = 200
+"""Pending texts whose tokens are counted for a forecast."""
+REFUSALS_ALWAYS_ALLOWED = 20
+"""Below this many a share says nothing: one bad row in a table of ten is 10 %."""
+ACCOUNTING_SECONDS = 15.0
+"""How long a run that is done waits for a database that went away."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +79,29 @@ def make_embedder(embedding: EmbeddingSpec) -> Embedder:
 
 def forecast(url: str, column: Column, partitions: Sequence[str] | None = None) -> Forecast:
     """Rows, tokens and cost of what is pending; reads a sample of the texts, writes nothing."""
-    embedder = make_embedder(column.embedding)
     with connect(url) as connection:
         counts = count_by_partition(connection, column)
-        wanted = {key: n for key, n in counts.items() if partitions is None or key in partitions}
-        samples = sample_pending(connection, column, list(wanted), 200)
-    rows = sum(wanted.values())
-    if not samples:
-        return Forecast(rows, 0, 0.0, [])
-    mean = sum(embedder.estimate_tokens(text) for _, text in samples) / len(samples)
+        chosen = counts if partitions is None else _among(counts, partitions)
+        return _forecast(connection, column, chosen)
+
+
+def _among(counts: Mapping[str, int], partitions: Sequence[str]) -> dict[str, int]:
+    return {key: counts[key] for key in dict.fromkeys(partitions) if key in counts}
+
+
+def _forecast(
+    connection: "psycopg.Connection[Any]", column: Column, counts: Mapping[str, int]
+) -> Forecast:
+    rows = sum(counts.values())
+    if not rows:
+        return Forecast(0, 0, 0.0, [])
+    sample = sample_pending(connection, column, list(counts), SAMPLED_TEXTS)
+    embedder = make_embedder(column.embedding)
+    texts = [(row.key, row.text) for row in sample if row.text and row.fingerprint]
+    # rows that only lose their vector are part of the sample, and cost nothing
+    mean = sum(embedder.estimate_tokens(text) for _, text in texts) / max(1, len(sample))
     tokens = round(mean * rows)
-    return Forecast(rows, tokens, embedder.cost(tokens), samples[:3])
+    return Forecast(rows, tokens, embedder.cost(tokens), texts[:3])
 
 
 def embed_column(
@@ -95,46 +117,64 @@ def embed_column(
     """Bring partitions of a column up to date under a lease, and account for it.
 
     Raises IdentityError when the YAML asks for another recipe than the column holds, LeaseError
-    when live runs hold all the partitions, and BackfillError when the run had to stop; what was
-    finished by then is kept and accounted for.
+    when live runs hold all the partitions, PipelineError for a key that is no partition of this
+    table, and BackfillError when the run had to stop; what was finished by then is kept and
+    accounted for.
     """
-    settings = load_settings()
     started = datetime.now(UTC)
+    _refuse_unknown(column, partitions)
     with connect(url) as connection:
-        verify(connection, column, settings.embedding_pipeline_environment)
+        verify(connection, column, load_settings().embedding_pipeline_environment)
         counts = count_by_partition(connection, column)
-        quarantined = count_quarantined(connection, column)
-        rows = estimated_rows(connection, column)
-    expected = sum(counts.get(key, 0) for key in partitions)
-    if not expected:
-        report(f"{column}: nothing is pending")
-        return ColumnRun(Outcome({key: Counts() for key in partitions}), {}, {}, 0.0)
-    estimate = forecast(url, column, partitions)
+        pending = _among(counts, partitions)
+        if not pending:
+            note_pending(connection, column, bool(counts))
+            report(f"{column}: nothing is pending")
+            return ColumnRun(Outcome({key: Counts() for key in partitions}), {}, {}, 0.0)
+        estimate = _forecast(connection, column, pending)
+        most_refused = _most_refused(connection, column)
     report(
-        f"{column}: {expected:,} rows pending in {len(partitions)} partitions, "
-        f"about {estimate.tokens:,} tokens, ${estimate.cost:.4f}"
+        f"{column}: {estimate.rows:,} rows pending in {len(pending)} of {len(partitions)} "
+        f"partitions, about {estimate.tokens:,} tokens, ${estimate.cost:.4f}"
     )
-    lease = Lease(url, column, partitions, run_id)
-    held = lease.acquire_waiting(report)
-    if not lease.partitions:
-        raise LeaseError(
-            f"{column}: {describe_holders(held)}. That run goes on; this one has nothing to do. "
-            "Wait for it, or end it (its lease lapses after 30 s)."
-        )
-    if held:
-        report(f"{column}: leaving out {describe_holders(held)}")
-    most_refused = int(max(rows, expected) * column.embedding.max_quarantined_share) - quarantined
-    with lease:
-        try:
-            outcome = asyncio.run(
-                _backfill(url, column, lease, options, expected, max(0, most_refused), on_progress)
+    with Lease(url, column, partitions, run_id) as lease:
+        held = lease.acquire_waiting(report)
+        if not lease.partitions:
+            raise LeaseError(
+                f"{column}: {describe_holders(held)}. That run goes on; this one has nothing to "
+                f"do. Wait for it, or end it (its lease lapses after {LAPSE_SECONDS:g} s)."
             )
+        if held:
+            report(f"{column}: leaving out {describe_holders(held)}")
+        expected = sum(_among(counts, lease.partitions).values())
+        work = _backfill(url, column, lease, options, expected, most_refused, on_progress)
+        try:
+            outcome = asyncio.run(work)
         except BackfillError as error:
-            _account(url, column, run_id, started, error.outcome, estimate.cost)
+            result = RunResult(run_id, started, error.outcome, estimate.cost)
+            try:
+                _account(url, column, result)
+            except (PipelineError, psycopg.Error) as other:
+                report(f"{column}: what the run did could not be recorded: {other}")
             raise
-        remaining = _account(url, column, run_id, started, outcome, estimate.cost)
-    mine = {key: count for key, count in remaining.items() if key in lease.partitions}
-    return ColumnRun(outcome, mine, held, estimate.cost)
+        remaining = _account(url, column, RunResult(run_id, started, outcome, estimate.cost))
+    return ColumnRun(outcome, _among(remaining, lease.partitions), held, estimate.cost)
+
+
+def _refuse_unknown(column: Column, partitions: Sequence[str]) -> None:
+    for key in partitions:
+        try:
+            column.partition(key)
+        except ValueError as error:
+            raise PipelineError(f"{column}: {error}") from None
+
+
+def _most_refused(connection: "psycopg.Connection[Any]", column: Column) -> int:
+    """How many more rows may be quarantined before a run stops."""
+    kinds = count_kinds(connection, column)
+    rows = max(estimated_rows(connection, column), kinds.pending)
+    most = max(int(rows * column.embedding.max_quarantined_share), REFUSALS_ALWAYS_ALLOWED)
+    return max(0, most - kinds.quarantined)
 
 
 async def _backfill(
@@ -164,19 +204,19 @@ async def _backfill(
         await embedder.aclose()
 
 
-def _account(
-    url: str,
-    column: Column,
-    run_id: str | None,
-    started: datetime,
-    outcome: Outcome,
-    forecast_cost: float,
-) -> dict[str, int]:
+@retry(
+    retry=retry_if_exception_type((DatabaseUnreachableError, psycopg.OperationalError)),
+    wait=wait_exponential(0.1, max=2),
+    stop=stop_after_delay(ACCOUNTING_SECONDS),
+    reraise=True,
+)
+def _account(url: str, column: Column, result: RunResult) -> dict[str, int]:
     """Record what a run did; returns what is pending in each partition now."""
     with connect(url) as connection:
-        record_run(connection, column, RunResult(run_id, started, outcome, forecast_cost))
         remaining = count_by_partition(connection, column)
-        note_pending(connection, column, sum(remaining.values()) > 0)
+        with connection.transaction():
+            record_run(connection, column, result)
+            note_pending(connection, column, bool(remaining))
     return remaining
 
 

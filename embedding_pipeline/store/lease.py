@@ -22,6 +22,7 @@ import psycopg
 from embedding_pipeline.errors import LeaseError, PipelineError
 from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import connect
+from embedding_pipeline.store.quarantine import LONGEST_ERROR, storable
 
 HEARTBEAT_SECONDS = 5.0
 LAPSE_SECONDS = 30.0
@@ -89,8 +90,9 @@ def release_lapsed(
 class Lease:
     """Partitions of one column held by this process, with a heartbeat in a thread of its own.
 
-    A thread, because a busy event loop must not look like a dead run. Use as a context manager:
-    leaving it releases, counting a failure (and its back-off) when an exception passes through.
+    A thread, because a busy event loop must not look like a dead run. Use as a context manager
+    and acquire inside it: entering starts the heartbeat, leaving releases, counting a failure
+    (and its back-off) when an exception passes through.
     """
 
     def __init__(
@@ -105,14 +107,19 @@ class Lease:
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:12]}"
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._renewed = time.monotonic()
+        """When the lease was certainly ours: the start of the last renewal that succeeded."""
 
     def acquire(self) -> dict[str, LeaseRow]:
         """Take what is free or lapsed; returns the partitions that others hold live."""
+        if not self.partitions:
+            self._renewed = time.monotonic()
         with connect(self._url) as connection:
             rows = connection.execute(
                 "INSERT INTO embedding_pipeline.lease AS l (table_schema, table_name, column_name,"
                 " partition_key, run_id, holder, acquired_at, heartbeat_at)"
-                " SELECT $1, $2, $3, p, $5, $6, now(), now() FROM unnest($4::text[]) AS p"
+                " SELECT $1, $2, $3, p, $5, $6, now(), now()"
+                " FROM (SELECT DISTINCT unnest($4::text[]) AS p) AS wanted"
                 " ORDER BY p ON CONFLICT (table_schema, table_name, column_name, partition_key)"
                 " DO UPDATE SET run_id = excluded.run_id, holder = excluded.holder,"
                 " acquired_at = now(), heartbeat_at = now(), released_at = NULL"
@@ -133,21 +140,23 @@ class Lease:
         """Take the leases; wait out a holder that no longer beats, but never a live one.
 
         A killed run's lease looks live until it lapses. Whether its heartbeat moves tells the two
-        apart: a live holder's does within two beats. Returns what live holders keep.
+        apart: a live holder's does within two beats. Returns what live holders keep, at the
+        latest when a lease that never moved would have lapsed.
         """
         held = self.acquire()
         if not held:
             return {}
         report(f"{self.column}: {describe_holders(held)}; looking whether it is alive")
-        deadline = time.monotonic() + LAPSE_SECONDS + 3 * HEARTBEAT_SECONDS
-        ages = {key: lease.heartbeat_age for key, lease in held.items()}
-        while held and time.monotonic() < deadline:
-            time.sleep(0.5)
+        deadline = time.monotonic() + LAPSE_SECONDS + 2 * HEARTBEAT_SECONDS
+        oldest = {key: lease.heartbeat_age for key, lease in held.items()}
+        alive: set[str] = set()
+        while set(held) - alive and time.monotonic() < deadline:
+            time.sleep(HEARTBEAT_SECONDS / 10)
             held = self.acquire()
-            alive = [key for key, lease in held.items() if lease.heartbeat_age < ages.get(key, 0)]
-            if alive and len(alive) == len(held):
-                return held
-            ages = {key: max(ages.get(key, 0), lease.heartbeat_age) for key, lease in held.items()}
+            for key, lease in held.items():
+                if lease.heartbeat_age < oldest.get(key, 0):
+                    alive.add(key)
+                oldest[key] = max(oldest.get(key, 0), lease.heartbeat_age)
         return held
 
     def __enter__(self) -> Self:
@@ -164,13 +173,15 @@ class Lease:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=10)
+        said = None
+        if kind is not None:
+            said = storable(str(error) or kind.__name__, LONGEST_ERROR)
         try:
             with connect(self._url) as connection:
-                self._release(connection, None if error is None else str(error)[:500] or str(kind))
+                self._release(connection, said)
         except (PipelineError, psycopg.Error):
-            # it lapses by itself; what passes through must not be hidden by this
-            if error is None:
-                raise
+            # it lapses by itself; what was done is done, and what passes through must be seen
+            return
 
     def _release(self, connection: "psycopg.Connection[Any]", error: str | None) -> None:
         connection.execute(
@@ -190,32 +201,34 @@ class Lease:
 
     def check(self) -> None:
         """LeaseError when the lease was lost: somebody else may be paying for these rows now."""
-        if self.lost.is_set():
+        if self.lost.is_set() or time.monotonic() - self._renewed > LAPSE_SECONDS:
             raise LeaseError(
                 f"{self.column}: this run's lease lapsed (the machine slept, or the database was "
-                "out of reach for too long) and was taken over; what was embedded is kept"
+                "out of reach for too long) and may have been taken over; what was embedded is "
+                "kept"
             )
 
     def _beat(self) -> None:
-        last = time.monotonic()
         while not self._stop.wait(HEARTBEAT_SECONDS):
+            started, held = time.monotonic(), len(self.partitions)
             try:
-                with connect(self._url) as connection:
-                    renewed = connection.execute(
-                        "UPDATE embedding_pipeline.lease SET heartbeat_at = now()"
-                        " WHERE table_schema = $1 AND table_name = $2 AND column_name = $3"
-                        " AND holder = $4 AND released_at IS NULL",
-                        [*_names(self.column), self._holder],
-                    ).rowcount
+                renewed = self._renew()
             except (PipelineError, psycopg.Error):
-                if time.monotonic() - last > LAPSE_SECONDS:
-                    self.lost.set()
-                    return
-                continue
-            if renewed < len(self.partitions):
+                continue  # `check` knows since when it has not been renewed
+            if renewed < held:
                 self.lost.set()
                 return
-            last = time.monotonic()
+            self._renewed = started
+
+    def _renew(self) -> int:
+        """Beat once; how many partitions are still ours."""
+        with connect(self._url) as connection:
+            return connection.execute(
+                "UPDATE embedding_pipeline.lease SET heartbeat_at = now()"
+                " WHERE table_schema = $1 AND table_name = $2 AND column_name = $3"
+                " AND holder = $4 AND released_at IS NULL",
+                [*_names(self.column), self._holder],
+            ).rowcount
 
 
 def describe_holders(held: dict[str, LeaseRow]) -> str:

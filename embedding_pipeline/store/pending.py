@@ -1,6 +1,6 @@
 """Reading and counting pending rows, at a cost of what is pending, not of what is stored."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -15,6 +15,9 @@ from embedding_pipeline.store.partitions import key_expression, key_from_databas
 
 PAGE_BYTES = 8 * 1024 * 1024
 """A page stops after this much text, so that memory stays flat when texts are megabytes long."""
+
+SETTINGS = sql.SQL("; ").join([PLANNER, SESSION])
+"""For every transaction here: the pending index is used, and keys are written in one way only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ def rows_source(column: Column, extra: sql.Composable | None = None) -> sql.Comp
     )
 
 
-def _row_keys(column: Column) -> list[sql.Composable]:
+def _row_keys(column: Column) -> list[sql.Identifier]:
     return [sql.Identifier(f"row_key_{i}") for i in range(len(column.table.key_columns))]
 
 
@@ -97,56 +100,62 @@ def page_query(
     """The next pending rows of a partition in the pending index's order, with its parameters.
 
     Keys travel as text both ways and are cast on the parameter's side, so that any key type
-    works and the index stays usable.
+    works and the index stays usable. Rows are always ordered by the partition column first: in
+    the NULL partition the planner does not see that it is constant, and would sort.
     """
     condition = column.partition(partition)
     parameters: list[Any] = list(condition.parameters)
-    order = _row_keys(column)
-    types = list(column.key_types)
-    by_month = isinstance(column.table.partitions, MonthPartitions) and condition.parameters
-    extra = sql.SQL("({})::text AS row_text").format(column.text)
-    if by_month:
-        order.insert(0, sql.Identifier("row_moment"))
-        types.insert(0, column.partition_type)
-        extra += sql.SQL(", {} AS row_moment").format(column.partition_index_expression)
+    keys = _row_keys(column)
+    order: list[sql.Identifier] = [sql.Identifier("row_partition"), *keys]
+    position, types, page_order = keys, column.key_types, order
+    if isinstance(column.table.partitions, MonthPartitions) and condition.parameters:
+        position, types = order, [column.partition_type, *types]
+    elif condition.parameters:
+        page_order = keys  # `= value`: nothing is left to sort by, but only the inner query knows
     seek: sql.Composable = sql.SQL("")
     if after is not None:
-        bounds = []
-        for value, type_ in zip(after, types, strict=True):
-            parameters.append(value)
-            bounds.append(
-                sql.SQL("{}::text::{}").format(sql.SQL(f"${len(parameters)}"), sql.SQL(type_))
-            )
-        seek = sql.SQL(" AND ({}) > ({})").format(
-            sql.SQL(", ").join(order), sql.SQL(", ").join(bounds)
-        )
+        first = len(parameters) + 1
+        parameters += after
+        bounds = [
+            sql.SQL("{}::text::{}").format(sql.SQL(f"${number}"), sql.SQL(type_))
+            for number, type_ in enumerate(types, first)
+        ]
+        seek = sql.SQL(" AND ({}) > ({})").format(_commas(position), _commas(bounds))
     parameters.append(limit)
-
-    def as_text(names: list[sql.Composable]) -> sql.Composable:
-        return sql.SQL(", ").join(sql.SQL("{}::text").format(name) for name in names)
-
     query = sql.SQL(
-        "SELECT row_key, row_position, row_text, row_fingerprint FROM ("
-        " SELECT *, sum(row_bytes) OVER (ORDER BY row_number) AS page_bytes FROM ("
-        "  SELECT row_number() OVER () AS row_number, ARRAY[{keys}] AS row_key,"
-        "   ARRAY[{position}] AS row_position, row_fingerprint, row_text,"
-        "   coalesce(octet_length(row_text), 0) AS row_bytes FROM ("
-        "   SELECT * FROM ({source} WHERE {pending} AND {condition}) AS rows"
-        "   WHERE {allowed}{seek} ORDER BY {order} LIMIT {limit}) AS page) AS numbered) AS measured"
-        " WHERE page_bytes - row_bytes <= {most} ORDER BY row_number"
+        "SELECT ARRAY[{keys}], ARRAY[{position}], row_text, row_fingerprint FROM ("
+        " SELECT *, sum(row_bytes) OVER (ORDER BY {page_order} ROWS UNBOUNDED PRECEDING)"
+        "  AS page_bytes FROM (SELECT *, coalesce(octet_length(row_text), 0) AS row_bytes FROM ("
+        "  SELECT * FROM ({source} WHERE {pending} AND {condition}) AS rows"
+        "  WHERE {allowed}{seek} ORDER BY {order} LIMIT {limit}) AS page) AS weighed)"
+        " AS measured WHERE page_bytes - row_bytes <= {most} ORDER BY {page_order}"
     ).format(
-        keys=as_text(_row_keys(column)),
-        position=as_text(order),
-        source=rows_source(column, extra),
+        keys=_as_text(keys),
+        position=_as_text(position),
+        source=rows_source(
+            column,
+            sql.SQL("({})::text AS row_text, {} AS row_partition").format(
+                column.text, column.partition_index_expression
+            ),
+        ),
         pending=column.pending,
         condition=condition.condition,
         seek=seek,
         allowed=_allowed(column),
-        order=sql.SQL(", ").join(order),
+        order=_commas(order),
+        page_order=_commas(page_order),
         limit=sql.SQL(f"${len(parameters)}::bigint"),
         most=sql.Literal(PAGE_BYTES),
     )
     return query, parameters
+
+
+def _commas(items: Sequence[sql.Composable]) -> sql.Composable:
+    return sql.SQL(", ").join(items)
+
+
+def _as_text(names: Sequence[sql.Composable]) -> sql.Composable:
+    return _commas([sql.SQL("{}::text").format(name) for name in names])
 
 
 async def read_page(
@@ -159,8 +168,7 @@ async def read_page(
     """Up to `limit` pending rows after a position; an empty list means there are none."""
     query, parameters = page_query(column, partition, after, limit)
     async with connection.transaction():
-        await connection.execute(PLANNER)
-        await connection.execute(SESSION)
+        await connection.execute(SETTINGS)
         cursor = await connection.execute(query, parameters)
         rows = await cursor.fetchall()
     return [PendingRow(tuple(key), tuple(position), text, fp) for key, position, text, fp in rows]
@@ -178,7 +186,10 @@ def partition_counts_query(column: Column) -> sql.Composed:
 
 
 def quarantined_counts_query(column: Column) -> sql.Composed:
-    """Quarantined rows a partition whose text is still the one that was refused."""
+    """Pending rows a partition whose text is still the one that was refused.
+
+    Only pending ones: a vector may have been adopted for a refused text.
+    """
     same_key = sql.SQL(" AND ").join(
         sql.SQL("{} = (q.key ->> {})::{}").format(name, sql.Literal(i), sql.SQL(type_))
         for i, (name, type_) in enumerate(zip(_row_keys(column), column.key_types, strict=True))
@@ -188,10 +199,13 @@ def quarantined_counts_query(column: Column) -> sql.Composed:
     )
     return sql.SQL(
         "SELECT row_partition, count(*) FROM embedding_pipeline.quarantined_row AS q"
-        " JOIN ({source}) AS rows ON {same_key}"
+        " JOIN ({source} WHERE {pending}) AS rows ON {same_key}"
         " WHERE {mine} AND row_fingerprint = q.fingerprint GROUP BY 1"
     ).format(
-        source=rows_source(column, partition), same_key=same_key, mine=_quarantined_here(column)
+        source=rows_source(column, partition),
+        pending=column.pending,
+        same_key=same_key,
+        mine=_quarantined_here(column),
     )
 
 
@@ -199,8 +213,7 @@ def count_by_partition(connection: "psycopg.Connection[Any]", column: Column) ->
     """Partition key → pending rows, quarantined ones subtracted; empty partitions are left out."""
     counts: dict[str, int] = {}
     with connection.transaction():
-        connection.execute(PLANNER)
-        connection.execute(SESSION)
+        connection.execute(SETTINGS)
         for value, count in connection.execute(partition_counts_query(column)):
             counts[key_from_database(column.table, value)] = count
         for value, count in connection.execute(quarantined_counts_query(column)):
@@ -209,10 +222,10 @@ def count_by_partition(connection: "psycopg.Connection[Any]", column: Column) ->
     return {key: count for key, count in sorted(counts.items()) if count > 0}
 
 
-def count_kinds(connection: "psycopg.Connection[Any]", column: Column) -> PendingCount:
-    """Pending rows of the whole column by kind, from the pending index."""
+def kinds_query(column: Column) -> sql.Composed:
+    """Missing, stale, to be cleared and quarantined rows, counted from the pending index."""
     has_vector = sql.SQL("{} IS NOT NULL AS row_has_vector").format(column.vector)
-    query = sql.SQL(
+    return sql.SQL(
         "SELECT count(*) FILTER (WHERE row_fingerprint IS NOT NULL AND NOT row_has_vector"
         " AND allowed), count(*) FILTER (WHERE row_fingerprint IS NOT NULL AND row_has_vector"
         " AND allowed), count(*) FILTER (WHERE row_fingerprint IS NULL),"
@@ -223,34 +236,53 @@ def count_kinds(connection: "psycopg.Connection[Any]", column: Column) -> Pendin
         source=rows_source(column, has_vector),
         pending=column.pending,
     )
+
+
+def count_kinds(connection: "psycopg.Connection[Any]", column: Column) -> PendingCount:
+    """Pending rows of the whole column by kind, from the pending index."""
     with connection.transaction():
-        connection.execute(PLANNER)
-        row = connection.execute(query).fetchone()
-    assert row is not None
-    return PendingCount(*row)
+        connection.execute(SETTINGS)
+        return PendingCount(*_one(connection, kinds_query(column)))
 
 
 def coverage(connection: "psycopg.Connection[Any]", column: Column) -> Coverage:
     """Every row of the column counted: a full scan of the table, for nightly checks and status."""
-    query = sql.SQL(
-        "SELECT count(*), count({fingerprint}),"
-        " (SELECT count({fingerprint}) FROM {relation} WHERE {pending}) FROM {relation}"
-    ).format(fingerprint=column.fingerprint, relation=column.relation, pending=column.pending)
+    scan = sql.SQL("SELECT count(*), count({}) FROM {}").format(column.fingerprint, column.relation)
+    outdated = sql.SQL("SELECT count({}) FROM {} WHERE {}").format(
+        column.fingerprint, column.relation, column.pending
+    )
     with connection.transaction():
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        # the scan first: what follows turns sequential scans off until the transaction ends
+        rows, with_fingerprint = _one(connection, scan)
         kinds = count_kinds(connection, column)
-        row = connection.execute(query).fetchone()
-    assert row is not None
-    rows, with_fingerprint, outdated = row
-    embedded = with_fingerprint - outdated
+        embedded = with_fingerprint - _one(connection, outdated)[0]
     ineligible = rows - embedded - kinds.pending - kinds.quarantined
     return Coverage(rows, embedded, kinds, ineligible)
 
 
+def _one(connection: "psycopg.Connection[Any]", query: sql.Composed) -> tuple[Any, ...]:
+    row = connection.execute(query).fetchone()
+    assert row is not None
+    return tuple(row)
+
+
 def estimated_rows(connection: "psycopg.Connection[Any]", column: Column) -> int:
-    """The planner's idea of the table's size: free, and good enough for shares and progress."""
+    """About how many rows the table has: free, and good enough for shares and sizes.
+
+    As the planner reckons: rows a page at the last ANALYZE or VACUUM, times the pages now. A table
+    that neither has seen counts as empty up to 1,000 pages, and beyond as 8 rows a page.
+    """
     row = connection.execute(
-        "SELECT greatest(reltuples, 0)::bigint FROM pg_class WHERE oid = $1", [column.facts.oid]
+        "SELECT coalesce(sum(CASE WHEN c.reltuples > 0 AND c.relpages > 0"
+        "  THEN c.reltuples / c.relpages * pages WHEN pages > 1000 THEN pages * 8 ELSE 0 END),"
+        "  0)::bigint"
+        " FROM (SELECT $1::oid AS relid UNION"
+        "  SELECT relid FROM pg_partition_tree($1::oid) WHERE isleaf) AS tree"
+        " JOIN pg_class AS c ON c.oid = tree.relid"
+        " CROSS JOIN LATERAL (SELECT pg_relation_size(c.oid)"
+        "  / current_setting('block_size')::int AS pages) AS size",
+        [column.facts.oid],
     ).fetchone()
     return int(row[0]) if row else 0
 
@@ -267,19 +299,19 @@ def partitions_in_data(connection: "psycopg.Connection[Any]", column: Column) ->
 
 
 def sample_pending(
-    connection: "psycopg.Connection[Any]", column: Column, partitions: list[str], most: int
-) -> list[tuple[tuple[str, ...], str]]:
-    """Keys and texts of some pending rows that have a text, spread over the partitions."""
-    rows: list[tuple[tuple[str, ...], str]] = []
+    connection: "psycopg.Connection[Any]", column: Column, partitions: Sequence[str], most: int
+) -> list[PendingRow]:
+    """Up to about `most` pending rows, spread over the partitions."""
+    rows: list[PendingRow] = []
     each = max(1, most // max(1, len(partitions)))
     with connection.transaction():
-        connection.execute(PLANNER)
-        connection.execute(SESSION)
+        connection.execute(SETTINGS)
         for partition in partitions:
-            query, parameters = page_query(column, partition, None, each)
-            for key, _, text, fingerprint in connection.execute(query, parameters):
-                if fingerprint is not None:
-                    rows.append((tuple(key), text))
+            found = connection.execute(*page_query(column, partition, None, each))
+            rows += [
+                PendingRow(tuple(key), tuple(position), text, fingerprint)
+                for key, position, text, fingerprint in found
+            ]
             if len(rows) >= most:
                 break
     return rows

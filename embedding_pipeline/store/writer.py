@@ -17,6 +17,7 @@ import psycopg
 from psycopg import sql
 
 from embedding_pipeline.store.column import Column
+from embedding_pipeline.store.quarantine import json_key
 
 TARGET_SECONDS = 0.1
 SMALLEST_BATCH, LARGEST_BATCH = 16, 2000
@@ -50,7 +51,7 @@ class Writer:
     def __init__(self, column: Column) -> None:
         self.column = column
         self.batch_rows = 128
-        self._create, self._copy, self._write, self._existing = _statements(column)
+        self._prepare, self._copy, self._write, self._existing = _statements(column)
 
     async def write(
         self, connection: "psycopg.AsyncConnection[Any]", rows: Sequence[StagedRow]
@@ -60,10 +61,8 @@ class Writer:
         Raises psycopg errors as they are; none leaves anything half-written, and repeating the
         batch is harmless.
         """
-        # one order for all: two of our own writers never wait for each other crosswise
         async with connection.transaction():
-            await connection.execute("SET LOCAL enable_seqscan = off")
-            await connection.execute(self._create)
+            await connection.execute(self._prepare)
             async with connection.cursor() as cursor, cursor.copy(self._copy) as copy:
                 await copy.write(_binary_rows(rows))
             locking = time.perf_counter()
@@ -80,11 +79,11 @@ class Writer:
         return Written(written, held - written, free & existing, free - existing)
 
     def _adapt(self, rows: int, seconds: float) -> None:
-        """Aim at 80 % of the target; grow at most twofold a step, from full batches only."""
+        """Shrink when locks were held too long; grow at most twofold, from full batches only."""
         fitting = int(rows * TARGET_SECONDS * 0.8 / max(seconds, 1e-4))
-        if fitting < self.batch_rows:
-            self.batch_rows = max(SMALLEST_BATCH, fitting)
-        elif rows >= self.batch_rows:
+        if seconds > TARGET_SECONDS:
+            self.batch_rows = max(SMALLEST_BATCH, min(self.batch_rows, fitting))
+        elif rows >= self.batch_rows and fitting > self.batch_rows:
             self.batch_rows = min(LARGEST_BATCH, fitting, self.batch_rows * 2)
 
 
@@ -93,35 +92,44 @@ def _statements(
 ) -> tuple[sql.Composed, sql.Composed, sql.Composed, sql.Composed]:
     keys = column.table.key_columns
     staged_keys = [sql.Identifier(f"staged_key_{i}") for i in range(len(keys))]
-    same_key = sql.SQL(" AND ").join(
-        sql.SQL("t.{} = s.{}::{}").format(sql.Identifier(name), staged, sql.SQL(type_))
-        for name, staged, type_ in zip(keys, staged_keys, column.key_types, strict=True)
-    )
-    create = sql.SQL(
-        "CREATE TEMPORARY TABLE embedding_pipeline_staged (staged_position int, {keys},"
+
+    def same_key(staged: str) -> sql.Composable:
+        return sql.SQL(" AND ").join(
+            sql.SQL("t.{} = {}.{}::{}").format(
+                sql.Identifier(name), sql.Identifier(staged), key, sql.SQL(type_)
+            )
+            for name, key, type_ in zip(keys, staged_keys, column.key_types, strict=True)
+        )
+
+    # nothing is known of a temporary table's size: left to itself the planner reads all of a
+    # large table for a batch's few keys
+    prepare = sql.SQL(
+        "SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off;"
+        " SET LOCAL enable_mergejoin = off; SET LOCAL enable_bitmapscan = off;"
+        " CREATE TEMPORARY TABLE embedding_pipeline_staged (staged_position int, {keys},"
         " staged_fingerprint uuid, staged_vector {vector_type}) ON COMMIT DROP"
     ).format(
         keys=sql.SQL(", ").join(sql.SQL("{} text").format(key) for key in staged_keys),
         vector_type=column.vector_type,
     )
     copy = sql.SQL("COPY pg_temp.embedding_pipeline_staged FROM STDIN (FORMAT BINARY)").format()
+    # one order of locks for all: two of our own writers never wait for each other crosswise
     write = sql.SQL(
         "WITH held AS MATERIALIZED ("
-        " SELECT s.staged_position AS held_position FROM {relation} AS t"
-        "  JOIN pg_temp.embedding_pipeline_staged AS s ON {same_key}"
+        " SELECT s.* FROM {relation} AS t"
+        "  JOIN pg_temp.embedding_pipeline_staged AS s ON {same_as_staged}"
         "  ORDER BY {order} FOR NO KEY UPDATE OF t SKIP LOCKED),"
         " written AS ("
-        "  UPDATE {relation} AS t SET {vector} = s.staged_vector,"
-        "   {fingerprint} = s.staged_fingerprint"
-        "  FROM pg_temp.embedding_pipeline_staged AS s JOIN held"
-        "   ON s.staged_position = held.held_position"
-        "  WHERE {same_key} AND {expected} IS NOT DISTINCT FROM s.staged_fingerprint"
-        "   AND {pending} RETURNING s.staged_position)"
-        " SELECT (SELECT coalesce(array_agg(held_position), '{{}}') FROM held),"
+        "  UPDATE {relation} AS t SET {vector} = held.staged_vector,"
+        "   {fingerprint} = held.staged_fingerprint FROM held"
+        "  WHERE {same_as_held} AND {expected} IS NOT DISTINCT FROM held.staged_fingerprint"
+        "   AND {pending} RETURNING held.staged_position)"
+        " SELECT (SELECT coalesce(array_agg(staged_position), '{{}}') FROM held),"
         "  (SELECT coalesce(array_agg(staged_position), '{{}}') FROM written)"
     ).format(
         relation=column.relation,
-        same_key=same_key,
+        same_as_staged=same_key("s"),
+        same_as_held=same_key("held"),
         order=sql.SQL(", ").join(sql.SQL("t.{}").format(sql.Identifier(name)) for name in keys),
         vector=column.vector,
         fingerprint=column.fingerprint,
@@ -131,8 +139,8 @@ def _statements(
     existing = sql.SQL(
         "SELECT coalesce(array_agg(s.staged_position), '{{}}')"
         " FROM pg_temp.embedding_pipeline_staged AS s JOIN {relation} AS t ON {same_key}"
-    ).format(relation=column.relation, same_key=same_key)
-    return create, copy, write, existing
+    ).format(relation=column.relation, same_key=same_key("s"))
+    return prepare, copy, write, existing
 
 
 _SIGNATURE = b"PGCOPY\n\xff\r\n\0" + b"\0" * 8
@@ -165,46 +173,57 @@ def _binary_rows(rows: Sequence[StagedRow]) -> bytes:
     return b"".join(parts)
 
 
-def reuse_query(column: Column) -> sql.Composed:
-    """Copy vectors already stored for the same fingerprint, inside the server.
+def stored_vectors_query(column: Column, *, by_key: bool) -> sql.Composed:
+    """Vectors that the column already holds: rows of fingerprint and vector (binary).
 
-    `$1`: keys as JSON arrays of text (text[]), `$2`: their expected fingerprints (uuid[]).
-    Returns the positions (from 1) that were written.
+    `$1`: fingerprints (uuid[]). With `by_key`, `$2` names for each a row that was given its
+    vector (keys as JSON arrays of text, text[]); else any row with that fingerprint will do,
+    which needs the index that `reuse: true` makes. A fingerprint that is not found any more is
+    left out.
     """
-    keys = column.table.key_columns
+    if not by_key:
+        return sql.SQL(
+            "SELECT wanted, found FROM unnest($1::uuid[]) AS u(wanted) CROSS JOIN LATERAL ("
+            " SELECT t.{vector} AS found FROM {relation} AS t WHERE t.{fingerprint} = wanted"
+            " AND t.{vector} IS NOT NULL LIMIT 1) AS stored"
+        ).format(vector=column.vector, relation=column.relation, fingerprint=column.fingerprint)
     same_key = sql.SQL(" AND ").join(
-        sql.SQL("t.{} = (wanted_key ->> {})::{}").format(
+        sql.SQL("t.{} = (place::jsonb ->> {})::{}").format(
             sql.Identifier(name), sql.Literal(i), sql.SQL(type_)
         )
-        for i, (name, type_) in enumerate(zip(keys, column.key_types, strict=True))
+        for i, (name, type_) in enumerate(
+            zip(column.table.key_columns, column.key_types, strict=True)
+        )
     )
     return sql.SQL(
-        "WITH wanted AS MATERIALIZED ("
-        "  SELECT wanted_position, wanted_json::jsonb AS wanted_key, wanted_fingerprint"
-        "  FROM unnest($1::text[], $2::uuid[]) WITH ORDINALITY"
-        "   AS u(wanted_json, wanted_fingerprint, wanted_position)),"
-        " found AS MATERIALIZED ("
-        "  SELECT DISTINCT ON (wanted_fingerprint) wanted_fingerprint AS found_fingerprint,"
-        "   s.found_vector FROM wanted CROSS JOIN LATERAL ("
-        "   SELECT o.{vector} AS found_vector FROM {relation} AS o"
-        "   WHERE o.{fingerprint} = wanted_fingerprint AND o.{vector} IS NOT NULL LIMIT 1) AS s),"
-        " held AS MATERIALIZED ("
-        "  SELECT wanted_position AS held_position FROM {relation} AS t"
-        "  JOIN wanted ON {same_key} JOIN found ON found_fingerprint = wanted_fingerprint"
-        "  ORDER BY {order} FOR NO KEY UPDATE OF t SKIP LOCKED),"
-        " written AS (UPDATE {relation} AS t SET {vector} = found_vector,"
-        "   {fingerprint} = wanted_fingerprint FROM wanted"
-        "  JOIN held ON held_position = wanted_position"
-        "  JOIN found ON found_fingerprint = wanted_fingerprint"
-        "  WHERE {same_key} AND {expected} = wanted_fingerprint AND {pending}"
-        "  RETURNING wanted_position)"
-        " SELECT wanted_position FROM written"
+        "SELECT wanted, t.{vector} FROM unnest($1::uuid[], $2::text[]) AS u(wanted, place)"
+        " JOIN {relation} AS t ON {same_key}"
+        " WHERE t.{fingerprint} = wanted AND t.{vector} IS NOT NULL"
     ).format(
-        relation=column.relation,
         vector=column.vector,
-        fingerprint=column.fingerprint,
+        relation=column.relation,
         same_key=same_key,
-        order=sql.SQL(", ").join(sql.SQL("t.{}").format(sql.Identifier(name)) for name in keys),
-        expected=column.expected,
-        pending=column.pending,
+        fingerprint=column.fingerprint,
     )
+
+
+async def stored_vectors(
+    connection: "psycopg.AsyncConnection[Any]",
+    column: Column,
+    fingerprints: Sequence[UUID],
+    places: Sequence[tuple[str, ...]] | None = None,
+) -> "dict[UUID, np.ndarray[Any, np.dtype[np.float32]]]":
+    """Fingerprint → vector, for those that the column holds; see `stored_vectors_query`."""
+    parameters: list[Any] = [list(fingerprints)]
+    if places is not None:
+        parameters.append([json_key(key) for key in places])
+    query = stored_vectors_query(column, by_key=places is not None)
+    async with connection.transaction():
+        await connection.execute("SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off")
+        cursor = await connection.execute(query, parameters, binary=True)
+        return {fingerprint: _vector(data) for fingerprint, data in await cursor.fetchall()}
+
+
+def _vector(data: bytes) -> "np.ndarray[Any, np.dtype[np.float32]]":
+    """A `vector` from its binary form, see `_binary_rows`."""
+    return np.frombuffer(data, dtype=">f4", offset=4).astype(np.float32)
