@@ -75,6 +75,11 @@ def _facts(connection: Connection, table: TableSpec, vector_schema: str | None) 
     if row is None:
         raise SchemaError(_missing_table(connection, table))
     title = f"table {table.table}"
+    if connection.info.server_version < 140000:
+        raise SchemaError(
+            f"this server is Postgres {connection.info.server_version // 10000}; version 14 or "
+            "newer is needed (hash_record_extended)"
+        )
     if row["encoding"] != "UTF8":
         raise SchemaError(
             f"the database's encoding is {row['encoding']}; it must be UTF8, because fingerprints "
@@ -152,6 +157,7 @@ def _facts(connection: Connection, table: TableSpec, vector_schema: str | None) 
             for trigger in row["update_triggers"]
         ),
         owned=row["owned"],
+        role=row["role"],
     )
     _check_columns(table, facts)
     _check_key(table, facts, row["unique_keys"])

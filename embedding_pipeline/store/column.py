@@ -67,6 +67,8 @@ class TableFacts:
     update_triggers: tuple[Trigger, ...] = ()
     owned: bool = True
     """Whether our role may change the table's definition."""
+    role: str = ""
+    """The role that asked."""
 
 
 @dataclass(frozen=True)

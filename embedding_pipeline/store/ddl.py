@@ -109,10 +109,12 @@ def execute(
     except errors.DeadlockDetected:
         raise
     except errors.InsufficientPrivilege as error:
+        script = "the statements that `embedding-pipeline migrate --dry-run` prints"
+        if len(step.sql) < 500:
+            script = f"{step.sql};"
         raise SchemaError(
             f"{step.table or 'the project schema'}: not allowed to {step.why}: "
-            f"{primary(error)}. Print the statements with `embedding-pipeline migrate --dry-run` "
-            "and let the owner of the table (or of the database) run them"
+            f"{primary(error)}. Let the owner of the table (or of the database) run {script}"
         ) from None
     except errors.DependentObjectsStillExist as error:
         detail = (error.diag.message_detail or "").replace("\n", "; ")
@@ -150,6 +152,8 @@ def carry_out(
     again after a deadlock or while it raises BusyError, for up to `patience` seconds.
     Returns the statements that were executed.
     """
+    if not connection.autocommit:
+        raise ValueError("schema changes need a connection in autocommit mode")
     executed: list[Statement] = []
     with turn(connection, subject, what, report=report):
         deadlocks, started, told = 0, time.monotonic(), ""

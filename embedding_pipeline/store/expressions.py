@@ -74,10 +74,10 @@ def check_syntax(connection: Connection, column: Column) -> None:
         try:
             with connection.transaction():
                 connection.execute(b"SET LOCAL lock_timeout = '2s'")
-                # Under an alias, as the writer's queries have it. Asked for in binary form, a
+                # Under an alias, because the queries have aliases too. Asked for in binary form, a
                 # query takes the extended protocol, which refuses a second statement.
                 connection.execute(
-                    sql.SQL("SELECT ({})::{} FROM {} AS t LIMIT 0").format(
+                    sql.SQL("SELECT ({})::{} FROM {} AS embedding_pipeline_row LIMIT 0").format(
                         fragment,
                         sql.SQL("text" if name == "text" else "boolean"),
                         column.relation,
@@ -88,6 +88,8 @@ def check_syntax(connection: Connection, column: Column) -> None:
             raise SchemaError(f"table {table.table}: it is locked: {primary(error)}") from None
         except psycopg.DatabaseError as error:
             hint = f" ({error.diag.message_hint})" if error.diag.message_hint else ""
+            if isinstance(error, errors.UndefinedTable):
+                hint = " (write columns without the table's name)"
             raise SchemaError(
                 f"table {table.table}: {name}: {expression!r} is neither a column nor an SQL "
                 f"expression over one row of the table: {primary(error)}{hint}"

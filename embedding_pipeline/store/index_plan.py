@@ -25,10 +25,11 @@ from embedding_pipeline.store.expressions import build_on_clone, clone
 Connection = psycopg.Connection[Any]
 
 
-_PENDING_ADVICE = (
-    "text or eligible fails for a row of the table. They stand in an index, so they have to give "
-    "a text or NULL for every row; the unfinished index was dropped"
-)
+_ADVICE = {
+    "pending": "text or eligible fails for a row of the table. They stand in an index, so they "
+    "have to give a text or NULL for every row; the unfinished index was dropped",
+    "hnsw": "HNSW needs pgvector 0.5 or newer (ALTER EXTENSION vector UPDATE)",
+}
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ class _Steps:
             f"build the {self.wanted.suffix} index {name} of {self.wanted.column}",
             concurrently=True,
             undo=sqlfiles.compose("index/undo", index=sql.Identifier(schema, name)),
-            advice=_PENDING_ADVICE if self.wanted.suffix == "pending" else "",
+            advice=_ADVICE.get(self.wanted.suffix, ""),
         )
 
     def create_only(self, name: str, table: sql.Composable) -> None:

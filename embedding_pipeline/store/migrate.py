@@ -155,9 +155,18 @@ def reset(
 
     One ALTER TABLE drops and adds the vector and the fingerprint, so the table is never without
     them; the indexes go with it, and the pending index is built again. The quarantine of the
-    column is forgotten. Raises SchemaError, for instance when a view reads the column.
+    column is forgotten. Raises SchemaError, for instance when a view reads the column, and
+    IdentityError when it belongs to another environment.
     """
     facts = column.facts
+    choices = _choices(environment, False, False, None)
+    found = registry.lookup(connection, column)
+    if found is not None and found.environment != choices.environment:
+        raise IdentityError(
+            f"{column} belongs to environment {found.environment}, not {choices.environment}; "
+            "its vectors are not this one's to drop. To make this environment its owner: "
+            "`embedding-pipeline migrate --take-ownership` (with the YAML that filled it)"
+        )
     changes: list[sql.Composable] = []
     for name in (column.embedding.column, column.embedding.fingerprint_column):
         if name in facts.columns:
@@ -315,26 +324,20 @@ def _plan_columns(
     result: Plan,
 ) -> None:
     facts, table = columns[0].facts, columns[0].table
-    missing = [(column, clauses) for column in columns if (clauses := _missing(column))]
-    if missing:
-        names = ", ".join(column.embedding.column for column, _ in missing)
-        result.statements.append(
-            Statement(
-                sqlfiles.compose(
-                    "table/change_columns",
-                    table=columns[0].relation,
-                    changes=sql.SQL(", ").join(
-                        clause for _, clauses in missing for clause in clauses
-                    ),
-                ).as_string(connection),
-                f"add the columns for {names} to {table.table}",
-                table=table.table,
-                table_oid=facts.oid,
-            )
-        )
+    missing: dict[str, list[sql.Composable]] = {}
+    for column in columns:
+        try:
+            missing[column.embedding.column] = _missing(column)
+        except SchemaError as error:
+            result.problems.append(error)
+    columns = [column for column in columns if column.embedding.column in missing]
+    if not columns:
+        return
     existing = existing_indexes(connection, facts.oid)
     wanted = wanted_queues(connection, columns)
-    builds = False
+    clauses: list[sql.Composable] = []
+    names: list[str] = []
+    steps: list[Statement] = []
     for column in columns:
         found = known.get(column.embedding.column)
         registration = (
@@ -343,18 +346,46 @@ def _plan_columns(
             else [registry.register_statement(connection, column, choices.environment, found)]
         )
         of_column = [index for index in wanted if index.column is column]
-        for index in of_column:
-            # after the last build: a registered column has its queue
-            steps = plan_index(
-                connection,
-                index,
-                existing,
-                when_built=registration if index is of_column[-1] else (),
-            )
-            builds = builds or any(step.undo for step in steps)
-            result.statements += steps
-    if builds:
+        try:
+            mine: list[Statement] = []
+            for index in of_column:
+                # after the last build: a registered column has its queue
+                when_built = registration if index is of_column[-1] else ()
+                mine += plan_index(connection, index, existing, when_built=when_built)
+        except SchemaError as error:
+            result.problems.append(error)
+            continue
+        steps += mine
+        if missing[column.embedding.column]:
+            clauses += missing[column.embedding.column]
+            names.append(column.embedding.column)
+    if any(step.undo for step in steps):
         expressions.check_totality(connection, columns)
+    if clauses:
+        result.statements.append(
+            Statement(
+                sqlfiles.compose(
+                    "table/change_columns",
+                    table=columns[0].relation,
+                    changes=sql.SQL(", ").join(clauses),
+                ).as_string(connection),
+                f"add the columns for {', '.join(names)} to {table.table}",
+                table=table.table,
+                table_oid=facts.oid,
+            )
+        )
+    result.statements += steps
+    if result.statements and not facts.owned:
+        # this role cannot execute them; whoever does has to let it do the daily work
+        result.statements.append(
+            Statement(
+                sqlfiles.compose(
+                    "table/grant", table=columns[0].relation, role=sql.Identifier(facts.role)
+                ).as_string(connection),
+                f"let role {facts.role}, which does not own {table.table}, fill its columns",
+                table=table.table,
+            )
+        )
 
 
 def _missing(column: Column) -> list[sql.Composable]:

@@ -210,14 +210,16 @@ def bill_of(connection: Connection, column: Column, cost: Cost | None = None) ->
     """How many rows the YAML's expression would have embedded again, in words; scans the table."""
     if column.embedding.fingerprint_column not in column.facts.columns:
         return "no row has a fingerprint yet"
-    row = connection.execute(
-        sqlfiles.compose(
-            "registry/rows",
-            table=column.relation,
-            expected=column.expected,
-            fingerprint=column.fingerprint,
-        )
-    ).fetchone()
+    query = sqlfiles.compose(
+        "registry/rows",
+        table=column.relation,
+        expected=column.expected,
+        fingerprint=column.fingerprint,
+    )
+    try:
+        row = connection.execute(query).fetchone()
+    except psycopg.DatabaseError as error:
+        return f"how many rows would be embedded again could not be counted: {error}"
     assert row is not None
     rows: int = row[0]
     return f"{rows:,} rows would be embedded again" + (f", {cost(column, rows)}" if cost else "")

@@ -59,7 +59,7 @@ def test_a_built_index_finds_the_nearest_rows(connection: Connection) -> None:
     assert report.index == "docs_embedding_4_hnsw"
     assert report.rows == 500
     assert report.size_bytes > 8192
-    assert reports == ["build the hnsw index docs_embedding_4_hnsw of docs.embedding_4"]
+    assert reports[0] == "build the hnsw index docs_embedding_4_hnsw of docs.embedding_4"
     state = indexes.index_state(connection, column)
     assert (state.state, state.rows) == ("valid", 500)
     assert nearest(connection, through_index=True) == nearest(connection, through_index=False)

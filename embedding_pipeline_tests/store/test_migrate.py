@@ -19,6 +19,7 @@ from embedding_pipeline.store import ddl, migrate, registry
 from embedding_pipeline.store.catalogue import bind_columns
 from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import connect
+from embedding_pipeline.store.indexes import build_hnsw
 from embedding_pipeline.store.pending import page_query, partition_counts_query
 from embedding_pipeline_tests.sessions import as_role, open_transaction, value, wait_until
 from embedding_pipeline_tests.tables import create_docs, embedding, spec
@@ -553,25 +554,37 @@ def test_two_migrations_at_once_do_the_work_once(bare_database: str) -> None:
         assert migrate.plan(connection, [table]) == []
 
 
-def test_a_role_that_does_not_own_the_table_is_told_who_can(
+def test_a_role_that_does_not_own_the_table_prints_what_its_owner_runs(
     database: str, connection: Connection
 ) -> None:
     create_docs(connection)
-    migrate.migrate(connection, [spec()])
-    create_docs(connection, table="others")
     role = f"role_{time.time_ns()}"
-    connection.execute(f"CREATE ROLE {role} LOGIN")
-    connection.execute(f"GRANT SELECT, UPDATE ON docs, others TO {role}")
-    connection.execute(f"GRANT USAGE ON SCHEMA embedding_pipeline TO {role}")
-    connection.execute(f"GRANT ALL ON ALL TABLES IN SCHEMA embedding_pipeline TO {role}")
+    connection.execute(f"CREATE ROLE {role} LOGIN; GRANT SELECT ON docs TO {role}")
     try:
         with connect(as_role(database, role)) as theirs:
+            with pytest.raises(SchemaError, match="not allowed to create the project's schema"):
+                migrate.migrate(theirs, [spec()])
+            script = migrate.plan(theirs, [spec()])
+            assert script[-1].sql.startswith('GRANT SELECT, UPDATE ON "public"."docs"')
+            for statement in script:  # the owner
+                ddl.execute(connection, statement)
             assert migrate.migrate(theirs, [spec()]) == []
-            with pytest.raises(SchemaError, match=r"must be owner of table others.*--dry-run"):
-                migrate.migrate(theirs, [spec("others")])
-            assert "ALTER TABLE" in migrate.render(migrate.plan(theirs, [spec("others")]))
+            column = bound(theirs, spec())
+            registry.verify(theirs, column, "default")
+            theirs.execute("UPDATE docs SET embedding_4 = '[1,2,3,4]'")
+            theirs.execute("UPDATE embedding_pipeline.embedding_column SET written_at = now()")
+            with pytest.raises(SchemaError, match=r"must be owner .* run CREATE INDEX CONCURR"):
+                build_hnsw(theirs, column)
     finally:
         connection.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+def test_a_schema_change_needs_autocommit(connection: Connection) -> None:
+    create_docs(connection)
+    connection.autocommit = False
+
+    with pytest.raises(ValueError, match="autocommit"):
+        migrate.migrate(connection, [spec()])
 
 
 # -- interrupted anywhere
@@ -718,6 +731,18 @@ def test_one_bad_table_does_not_stop_the_others(connection: Connection) -> None:
     prepared = migrate.prepare(connection, [spec("nowhere"), spec()])
     assert prepared.statements == []
     assert "nowhere" in str(prepared.problems[0])
+
+
+def test_one_bad_column_does_not_stop_the_others(connection: Connection) -> None:
+    create_docs(connection)
+    connection.execute("ALTER TABLE docs ADD narrow vector(2)")
+    table = spec(embeddings=[embedding("narrow", 3), embedding("good", 3)])
+
+    with pytest.raises(SchemaError, match=r"docs.narrow exists already, as public.vector\(2\)"):
+        migrate.migrate(connection, [table])
+
+    assert indexes(connection) == {"docs_pkey": True, "docs_good_pending": True}
+    assert [row.column_name for row in registry.registered(connection)] == ["good"]
 
 
 def test_several_problems_are_one_error(connection: Connection) -> None:

@@ -285,6 +285,13 @@ def test_reset_starts_a_column_anew(connection: Connection, docs: Column) -> Non
     assert migrate.plan(connection, [other]) == []
 
 
+def test_reset_leaves_another_environments_column(connection: Connection, docs: Column) -> None:
+    with pytest.raises(IdentityError, match="belongs to environment default, not staging"):
+        migrate.reset(connection, docs, environment="staging")
+
+    assert pending(connection, docs) == 0
+
+
 def test_reset_leaves_a_column_that_a_view_reads(connection: Connection, docs: Column) -> None:
     connection.execute("CREATE VIEW searched AS SELECT id, embedding_4 FROM docs")
 
