@@ -181,6 +181,8 @@ def load_settings() -> Settings:
         lines = []
         for problem in error.errors(include_url=False, include_input=False, include_context=False):
             name = "_".join(str(part) for part in problem["loc"]).upper()
+            if name == "DATABASE_URL" and not os.environ.get(name, "").strip():
+                name = "POSTGRES_URL"  # its other name; pydantic gives the first
             message = _EXPECTED.get(problem["type"]) or problem["msg"]
             message = message.removeprefix("Value error, ").replace("Input should be", "must be")
             lines.append(f"{name}: {message}" if name else message)

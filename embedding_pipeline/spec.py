@@ -5,6 +5,7 @@ Nothing here knows Dagster or the database. `spec_files.py` reads these from `de
 
 import hashlib
 import json
+import keyword
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
@@ -377,12 +378,22 @@ class QualifiedName:
         )
 
 
+RESERVED_WORDS = frozenset(keyword.kwlist) | {
+    "arg_dict", "bool", "conf", "config", "context", "dict", "float", "input", "input_arg_dict",
+    "int", "meta", "output", "output_arg_dict", "str", "type",
+}  # fmt: skip
+"""Names that Dagster refuses for the inputs of steps, which are made from tables' names."""
+
+
 def dagster_name(name: str) -> str:
     """Encode any name into Dagster's alphabet `[A-Za-z0-9_]`, reversibly.
 
-    Characters outside it become `_x<hex>_`; a literal `_x` that would read as the start of such
-    an escape is escaped too. Plain names stay as they are.
+    Characters outside it become `_x<hex>_`, and so does the first one of a reserved word; a
+    literal `_x` that would read as the start of such an escape is escaped too. Plain names stay
+    as they are.
     """
+    if name in RESERVED_WORDS:
+        return f"_x{ord(name[0]):x}_{name[1:]}"
     # after encoding, every character outside the alphabet begins with `_` and so ends an escape
     escaped = re.sub(r"_x(?=[0-9a-f]+(?:_|[^A-Za-z0-9]))", "_x5f_x", name)
     return re.sub(r"[^A-Za-z0-9_]", lambda match: f"_x{ord(match[0]):x}_", escaped)

@@ -267,7 +267,7 @@ def _explain(problem: Any, document: Document) -> str:
     elif location == ("partitions",):
         message = _PARTITIONS
     elif location == ("id_column",) and kind == "string_type":
-        message = "expected a column's name, or a list of names"
+        message = "expected a column's name, or a list of names" + shown
     elif kind in _EXPECTED:
         message = _EXPECTED[kind] + shown
     elif kind in ("string_too_short", "too_short"):

@@ -30,6 +30,10 @@ class Environment:
     an unset one without a default is an error that names it.
     """
 
+    # jinja2's sandbox asks these of what it calls
+    unsafe_callable = False
+    alters_data = False
+
     def __call__(self, name: str, default: Any = ...) -> Any:
         value = os.environ.get(name, "")
         if value.strip():

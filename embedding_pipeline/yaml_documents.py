@@ -69,9 +69,8 @@ def read_documents(path: Path) -> Iterator[Document]:
                 node = loader.get_node()
                 assert node is not None
                 empty = False
-                yield Document(
-                    path, _construct(path, node, loader), _line(node), _lines(path, node)
-                )
+                lines = _lines(path, node)  # before merge keys (`<<`) are replaced
+                yield Document(path, _construct(path, node, loader), _line(node), lines)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -136,8 +135,8 @@ def _lines(path: Path, root: yaml.Node) -> dict[Location, int]:
     def walk(node: yaml.Node, location: Location) -> None:
         if node in around:
             raise SpecError(
-                f"{path}:{_line(node)}: {dotted(location)}: an alias stands inside what it names; "
-                "write the value itself"
+                f"{path}:{lines[location]}: {dotted(location)}: an alias stands inside what it "
+                "names; write the value itself"
             )
         around.append(node)
         if isinstance(node, yaml.MappingNode):

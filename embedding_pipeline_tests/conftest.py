@@ -4,19 +4,45 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+import hypothesis
 import psycopg
 import pytest
 from psycopg import sql
 
+from embedding_pipeline import settings
 from embedding_pipeline.local.postgres import ensure_postgres, stop_postgres
 from embedding_pipeline.store.connection import connect
 
+# a loaded machine must not fail a test
+hypothesis.settings.register_profile("without deadlines", deadline=None)
+hypothesis.settings.load_profile("without deadlines")
+
 TEMPLATE = "template_with_pgvector"
+
+Environment = Callable[..., None]
+"""What the fixture `environment` gives: `environment(NAME="value")` sets variables."""
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Environment]:
+    """Sets variables, in an environment that starts with none of ours and without a `.env`."""
+    for name in [*settings.Settings.model_fields, "postgres_url"]:
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(settings, "PROJECT_ROOT", tmp_path)
+
+    def change(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        settings.load_settings.cache_clear()
+
+    change()
+    yield change
+    settings.load_settings.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import dagster as dg
 from embedding_pipeline.spec import (
     EmbeddingSpec,
     HashPartitions,
+    MonthPartitions,
     TableSpec,
     dagster_name,
 )
@@ -45,12 +46,18 @@ def sensor_name(table: TableSpec) -> str:
 def partitions_definition(
     table: TableSpec,
 ) -> dg.StaticPartitionsDefinition | dg.DynamicPartitionsDefinition:
-    """Static buckets, or dynamic keys that the sensor keeps up to date and never deletes."""
+    """Static buckets, or dynamic keys that the sensor keeps up to date and never deletes.
+
+    Keys outlive the rows, so a table that is partitioned by another column gets other keys. The
+    dot, which no encoded name has, keeps one table's name from being another's.
+    """
     if isinstance(table.partitions, HashPartitions):
         keys = static_keys(table)
         assert keys is not None
         return dg.StaticPartitionsDefinition(keys)
-    return dg.DynamicPartitionsDefinition(name=f"{table.asset_name}_{table.partitions.by}")
+    column = dagster_name(table.partitions.column)
+    month = ".month" if isinstance(table.partitions, MonthPartitions) else ""
+    return dg.DynamicPartitionsDefinition(name=f"{table.asset_name}.{column}{month}")
 
 
 def known_partitions(instance: dg.DagsterInstance, table: TableSpec) -> list[str]:
