@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from psycopg.rows import dict_row
 
 from embedding_pipeline.errors import SchemaError
 from embedding_pipeline.store import sqlfiles
-from embedding_pipeline.store.connection import connect
+from embedding_pipeline.store.connection import DatabaseUnreachableError, connect
 
 Connection = psycopg.Connection[Any]
 Report = Callable[[str], None]
@@ -81,12 +81,21 @@ def render(statements: Sequence[Statement]) -> str:
         if step.concurrently:
             parts.append(f"{comment}\n{step.sql};\n")
         else:
-            timeout = f"SET LOCAL lock_timeout = {step.lock_timeout_ms};\n"
-            parts.append(
-                f"{comment}\nBEGIN;\n{timeout if step.lock_timeout_ms else ''}"
-                f"{step.sql};\nCOMMIT;\n"
-            )
+            settings = "".join(f"{setting};\n" for setting in _settings(step))
+            parts.append(f"{comment}\nBEGIN;\n{settings}{step.sql};\nCOMMIT;\n")
     return "\n".join(parts)
+
+
+def _settings(step: Statement) -> list[str]:
+    """What a step's transaction starts with."""
+    if step.lock_timeout_ms is None:
+        return []
+    # an autovacuum worker has to be told to make way before we give up
+    sooner = sql.Literal(str(step.lock_timeout_ms // 2))
+    return [
+        f"SET LOCAL lock_timeout = {step.lock_timeout_ms}",
+        sqlfiles.compose("deadlock_timeout", milliseconds=sooner).as_string(None),
+    ]
 
 
 def execute(
@@ -236,8 +245,8 @@ def _execute_in_transaction(
 ) -> None:
     def once() -> None:
         with connection.transaction():
-            if step.lock_timeout_ms:
-                connection.execute(f"SET LOCAL lock_timeout = {step.lock_timeout_ms}".encode())
+            for setting in _settings(step):
+                connection.execute(setting.encode())
             connection.execute(step.sql.encode())
 
     patiently(
@@ -269,7 +278,12 @@ def _watch(connection: Connection, step: Statement, report: Report) -> None:
     row = connection.execute(b"SELECT pg_backend_pid()").fetchone()
     assert row is not None
     pid: int = row[0]
-    with sibling(connection) as watcher, ThreadPoolExecutor(1, "ddl") as pool:
+    with ExitStack() as stack:
+        try:
+            watcher = stack.enter_context(sibling(connection))
+        except DatabaseUnreachableError:
+            watcher = None  # no connection to spare: the build goes on in silence
+        pool = stack.enter_context(ThreadPoolExecutor(1, "ddl"))
         running = pool.submit(connection.execute, step.sql.encode())
         told = ""
         try:
@@ -278,7 +292,7 @@ def _watch(connection: Connection, step: Statement, report: Report) -> None:
                     running.result(timeout=1.0)
                     return
                 except NotYet:
-                    message = progress(watcher, pid)
+                    message = progress(watcher, pid) if watcher else None
                     if message and message != told:
                         report(f"{step.why}: {message}")
                         told = message
@@ -290,8 +304,11 @@ def _watch(connection: Connection, step: Statement, report: Report) -> None:
 
 def progress(watcher: Connection, pid: int) -> str | None:
     """What a session that builds, rebuilds or drops an index is doing, or for whom it waits."""
-    with watcher.cursor(row_factory=dict_row) as cursor:
-        row = cursor.execute(sqlfiles.query("catalogue/progress"), [pid]).fetchone()
+    try:
+        with watcher.cursor(row_factory=dict_row) as cursor:
+            row = cursor.execute(sqlfiles.query("catalogue/progress"), [pid]).fetchone()
+    except psycopg.DatabaseError:
+        return None  # whoever only watches must not end the work
     if row is None:
         return None
     if row["pid"] is not None:

@@ -433,7 +433,12 @@ def _refuse_foreign(
             f"{wanted.column}: its index {name} is being built by pid {found.building_pid}; "
             "wait for it to end and run this again"
         )
-    if found is not None and wanted.marker in found.columns:
+    if (
+        found is not None
+        and wanted.marker in found.columns
+        # ours, perhaps of an earlier definition; but an HNSW index has never had another one
+        and (wanted.suffix != "hnsw" or not found.valid or wanted.matches(found))
+    ):
         return
     row = connection.execute(
         sqlfiles.query("catalogue/relation_by_name"), [schema, name]

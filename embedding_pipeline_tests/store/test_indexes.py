@@ -94,6 +94,16 @@ def test_an_index_by_another_distance_does_not_count(connection: Connection) -> 
     assert value(connection, "SELECT count(*) FROM pg_indexes WHERE indexname = 'mine'") == 1
 
 
+def test_an_index_of_ours_by_name_only_is_not_dropped(connection: Connection) -> None:
+    column = set_up(connection)
+    connection.execute(
+        "CREATE INDEX docs_embedding_4_hnsw ON docs USING hnsw (embedding_4 vector_l2_ops)"
+    )
+
+    with pytest.raises(SchemaError, match="hnsw index would be called docs_embedding_4_hnsw, but"):
+        indexes.build_hnsw(connection, column)
+
+
 def test_an_invalid_left_over_is_rebuilt(database: str, connection: Connection) -> None:
     column = set_up(connection)
     with (
