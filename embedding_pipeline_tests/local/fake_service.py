@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import os
 import socket
+import time
 from pathlib import Path
 
 from embedding_pipeline.local import in_use
@@ -70,13 +71,22 @@ def main() -> None:
         server.listen(64)
         server.settimeout(keeping.pause)
         while not keeping.is_over():
-            with contextlib.suppress(TimeoutError):
-                client, _ = server.accept()
-                with client, contextlib.suppress(OSError):
-                    if client.recv(1):
-                        client.sendall(b"!")
+            _answer_one(server)
+        # Stopping takes a while, as it does for a database, and a server that is stopping may
+        # still answer: whoever comes now must not take it for one that will stay.
+        end = time.monotonic() + 0.05
+        while time.monotonic() < end:
+            _answer_one(server)
     os.close(only)
     keeping.end()
+
+
+def _answer_one(server: socket.socket) -> None:
+    with contextlib.suppress(TimeoutError):
+        client, _ = server.accept()
+        with client, contextlib.suppress(OSError):
+            if client.recv(1):
+                client.sendall(b"!")
 
 
 if __name__ == "__main__":
