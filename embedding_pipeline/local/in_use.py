@@ -137,6 +137,14 @@ def is_kept(directory: Path) -> bool:
         return False
 
 
+def _import_path() -> str:
+    """This package and what the environment adds, but not the folder of the script that runs:
+    a `click.py` beside it would be imported instead of the real one.
+    """
+    added = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([str(_PACKAGE_ROOT), *(str(Path(e).absolute()) for e in added if e)])
+
+
 class _KeeperGaveUpError(Exception):
     """The keeper that we started ended with an error."""
 
@@ -163,9 +171,7 @@ def _start_keeper(
             if previous is not None and previous.wait() > 0:
                 raise _KeeperGaveUpError
             environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-            environment["PYTHONPATH"] = os.pathsep.join(
-                dict.fromkeys([*filter(None, sys.path), str(_PACKAGE_ROOT)])
-            )
+            environment["PYTHONPATH"] = _import_path()
             for path in stale:
                 path.unlink(missing_ok=True)
             if log.exists():

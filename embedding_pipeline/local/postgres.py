@@ -253,15 +253,7 @@ class _Server:
         return False
 
     def _launch(self) -> psutil.Process:
-        self._remove_leftovers()
-        # Inherited by every server process, so the kernel knows whether one is left, also
-        # where we cannot see it (another container's with the same volume).
-        lock = in_use.try_lock(self.directory / "server.lock")
-        if lock is None:
-            raise PipelineError(
-                f"server processes that cannot be seen from here still use {self.data}; "
-                f"stop them (another container?) and try again"
-            )
+        lock = self._lock_after_leftovers()
         try:
             account = _account(self.data)
             if account is not None:
@@ -298,16 +290,29 @@ class _Server:
         finally:
             os.close(lock)
 
-    def _remove_leftovers(self) -> None:
-        """Kill what is left of a server without a postmaster, or with its data deleted."""
-        for left in self._processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                left.kill()
-        if not _wait_until(lambda: not self._processes(), 10):
-            raise PipelineError(
-                f"processes of an earlier Postgres on {self.data} do not end: "
-                f"{[process.pid for process in self._processes()]}"
-            )
+    def _lock_after_leftovers(self) -> int:
+        """Kill what is left of a server without a postmaster, or with its data deleted.
+
+        The lock that it returns is inherited by every process of the next server, so that the
+        kernel knows whether one is left: also where we cannot see it (another container's, with
+        the same volume), and while a dying one no longer shows its name but is not gone.
+        """
+        deadline = time.monotonic() + 30
+        while True:
+            left = self._processes()
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            lock = None if left else in_use.try_lock(self.directory / "server.lock")
+            if lock is not None:
+                return lock
+            if time.monotonic() > deadline:
+                which = [process.pid for process in left] or "not visible from here"
+                raise PipelineError(
+                    f"processes of an earlier Postgres on {self.data} do not end ({which}); "
+                    f"stop them (another container's?) and try again"
+                )
+            time.sleep(0.02)
 
     def _create(self, account: pwd.struct_passwd | None) -> None:
         """initdb beside the final place: a killed one leaves nothing that looks complete."""

@@ -33,6 +33,13 @@ def home() -> Iterator[Path]:
         yield home
 
 
+@pytest.fixture(scope="module")
+def shared_home() -> Iterator[Path]:
+    """A folder whose server several tests look at, and none harms."""
+    with _home() as home:
+        yield home
+
+
 @pytest.fixture(scope="session")
 def model() -> MiniLM:
     """The model, loaded once for all tests."""
