@@ -1,11 +1,12 @@
 """The one entry point: everything under `defs/`, loaded by Dagster's component loader."""
 
-from pathlib import Path
+import importlib
 
 import dagster as dg
 
 from embedding_pipeline.components.embedded_table import table_definitions
 from embedding_pipeline.errors import PipelineError
+from embedding_pipeline.settings import PROJECT_ROOT
 from embedding_pipeline.spec_files import DEFS_FOLDER, TableFile, all_table_files
 
 
@@ -14,7 +15,7 @@ def defs() -> dg.Definitions:
     """Every table of `defs/`, and those of the folder that EMBEDDING_PIPELINE_DEFS names."""
     tables = _table_files()
     return dg.Definitions.merge(
-        dg.load_from_defs_folder(path_within_project=Path(__file__).parent),
+        _shipped(),
         *(
             table_definitions(table)
             for table in tables
@@ -25,6 +26,16 @@ def defs() -> dg.Definitions:
             executor=dg.in_process_executor,
         ),
     )
+
+
+def _shipped() -> dg.Definitions:
+    # not `dg.load_from_defs_folder`, which needs a pyproject.toml above the package and warns
+    # where the clone's folder has another name than the code location
+    return dg.ComponentTree(
+        defs_module=importlib.import_module("embedding_pipeline.defs"),
+        project_root=PROJECT_ROOT,
+        code_location_name="embedding_pipeline",
+    ).build_defs()
 
 
 def _table_files() -> list[TableFile]:

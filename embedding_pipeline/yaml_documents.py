@@ -76,6 +76,8 @@ def read_documents(path: Path) -> Iterator[Document]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         context = f" ({error.context})" if error.context else ""
+        if error.context and error.context_mark and mark and error.context_mark.line < mark.line:
+            context = f" ({error.context}, which begins in line {error.context_mark.line + 1})"
         line = mark.line + 1 if mark else 1
         raise SpecError(f"{path}:{line}: not valid YAML: {error.problem}{context}") from None
     except yaml.reader.ReaderError as error:
