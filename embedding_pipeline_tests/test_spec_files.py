@@ -1,13 +1,21 @@
 """Every mistake in a table's YAML is refused with file, line, key and remedy."""
 
 import os
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from embedding_pipeline import spec_files
 from embedding_pipeline.errors import SettingsError, SpecError
-from embedding_pipeline.spec import ColumnPartitions, HashPartitions, MonthPartitions
+from embedding_pipeline.spec import (
+    ColumnPartitions,
+    EmbeddingSpec,
+    HashPartitions,
+    MonthPartitions,
+    TableSpec,
+)
 from embedding_pipeline.spec_files import (
     DEFS_FOLDER,
     TableFile,
@@ -859,3 +867,19 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert (
         str(caught.value) == f"{tmp_path / 'defs.yaml'}: cannot be read: No such file or directory"
     )
+
+
+def test_the_example_in_the_readme_is_right(tmp_path: Path) -> None:
+    readme = (DEFS_FOLDER.parent.parent / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"(?:^    .*\n)+", readme.partition("defs.yaml`:\n")[2], re.MULTILINE)
+    assert example is not None
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "golden_set.jsonl").touch()
+    file = load(tmp_path, textwrap.dedent(example[0]))
+    assert file.spec.tenant_column == "tenant_id"
+
+
+def test_the_readme_names_every_key() -> None:
+    readme = (DEFS_FOLDER.parent.parent / "README.md").read_text(encoding="utf-8")
+    for key in [*TableSpec.model_fields, *EmbeddingSpec.model_fields]:
+        assert re.search(rf"\b{key}\b", readme), key
