@@ -9,7 +9,9 @@ has a control for each:
   requests in flight than were ever answered side by side closes the place that was too many.
 - `rate`, requests a second, unknown until a throttle shows that it is limited. It becomes 95 %
   of the rate at which answers came in just before, or half of what it was where that is not
-  known yet. After 100 calm answers it is tried 5 % higher, then more.
+  known yet. After 100 calm answers it is tried 5 % higher, then more. As long as nothing at all
+  is answered it falls no further than to a sixteenth: a door that is shut says nothing of how
+  many may pass, and what it fell to must not outlast the storm.
 
 Settled, one request in about 100 is throttled, and 92 to 100 % of what the limit allows is
 used (simulated for 1 to 200 requests a second, bursts of a tenth of a second to ten seconds,
@@ -36,6 +38,10 @@ HOLD = 100
 """Answers without a throttle before more is tried; half as many before the next try."""
 SAMPLE = 50
 """Answers that the measured rate is taken from; fewer than 10 do not count."""
+DEEPEST_FALL = 16
+"""Times that the rate may become lower without one answer in between."""
+LOWEST_RATE = 0.5
+"""Requests a second; slower than that the requests' own back-off waits."""
 CATCH_UP_SECONDS = 0.002
 """How much too early a request may be after one that was late; timers are late by as much."""
 
@@ -75,6 +81,7 @@ class Limiter:
         self._places_step = 1
         # the rate, once a throttle has shown that it is limited
         self._bad_rate = math.inf
+        self._rate_when_answered = math.inf
         self._rate_calm = 0
         self._rate_step = 1 / MARGIN
         self._search = _Search()
@@ -145,6 +152,7 @@ class Limiter:
             full = self._queued > 0 or self.in_flight >= self.window
             self.window = min(self.ceiling, self._search.next(self.window, self.ceiling, full, now))
         if self.rate is not None:
+            self._rate_when_answered = self.rate
             self._try_higher_rate(self.rate)
         self._freed.set()
 
@@ -170,7 +178,12 @@ class Limiter:
         if len(self._answered_at) >= 10 and now > self._answered_at[0]:
             measured = (len(self._answered_at) - 1) / (now - self._answered_at[0])
             lower = max(lower, MARGIN * min(measured, before))
-        self.rate, self._bad_rate = lower, before
+        if self.rate is None:
+            self._rate_when_answered = before
+        lowest = max(self._rate_when_answered / DEEPEST_FALL, LOWEST_RATE)
+        self.rate = min(before, max(lower, lowest))
+        if self._answered_at or self._bad_rate == math.inf:
+            self._bad_rate = before  # else it is still the one that the silence began at
         self._rate_calm, self._rate_step = 0, 1 / MARGIN
         self._most_beside = 0
         self._answered_at.clear()

@@ -162,6 +162,37 @@ def test_errors_in_between_do_not_slow_down_but_an_outage_does() -> None:
     run_in_virtual_time(main())
 
 
+@pytest.mark.parametrize("storm", [5, 50, 500])
+def test_a_storm_of_429_is_forgotten_when_it_is_over(storm: int) -> None:
+    """A provider answered 429 to everything for some minutes. Each time the rate was halved, down
+    to a request in half an hour; long after the storm the run looked hung."""
+
+    async def main() -> None:
+        clock = asyncio.get_running_loop().time
+        limiter = Limiter(16, clock=clock)
+
+        async def one(answered: bool) -> None:
+            sent = await limiter.enter()
+            await asyncio.sleep(0.05)
+            if answered:
+                limiter.succeeded(sent)
+            else:
+                limiter.throttled(sent, None)
+            limiter.leave()
+
+        async def many(count: int, answered: bool) -> float:
+            began = clock()
+            await asyncio.gather(*(one(answered) for _ in range(count)))
+            return clock() - began
+
+        before = await many(1000, True)
+        for _ in range(storm):
+            await one(False)
+        assert await many(1000, True) < 10 * before
+
+    run_in_virtual_time(main())
+
+
 def test_a_retry_after_holds_everyone_back() -> None:
     """Nineteen of twenty workers went on hammering while the twentieth waited as it was told."""
 
