@@ -6,18 +6,24 @@ and evaluates.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import dagster as dg
 import psycopg
+from psycopg import sql
 
 from embedding_pipeline.components import names
 from embedding_pipeline.components.assets import COUNTED_ROWS, bind_column
 from embedding_pipeline.components.quality import evaluation_of_run, golden_set
 from embedding_pipeline.errors import PipelineError
+from embedding_pipeline.evaluation.golden_set import GoldenSet
 from embedding_pipeline.evaluation.history import latest
+from embedding_pipeline.evaluation.keys import Key, key_from_json
+from embedding_pipeline.evaluation.nearest import find_index
+from embedding_pipeline.evaluation.result import Evaluation, IndexRecall
 from embedding_pipeline.evaluation.vectors import index_recall, vectors_valid
 from embedding_pipeline.evaluation.verdict import (
     Verdict,
@@ -27,18 +33,41 @@ from embedding_pipeline.evaluation.verdict import (
     not_evaluated,
     vectors_valid_verdict,
 )
-from embedding_pipeline.spec import EmbeddingSpec
+from embedding_pipeline.spec import EmbeddingSpec, TableSpec
 from embedding_pipeline.spec_files import TableFile
 from embedding_pipeline.store.column import Column
-from embedding_pipeline.store.connection import connect
+from embedding_pipeline.store.connection import SESSION, connect
 from embedding_pipeline.store.lease import read_leases
-from embedding_pipeline.store.pending import Coverage, count_kinds, coverage, estimated_rows
-from embedding_pipeline.store.results import note_pending
+from embedding_pipeline.store.pending import (
+    Coverage,
+    count_by_partition,
+    count_kinds,
+    coverage,
+    estimated_rows,
+)
+from embedding_pipeline.store.results import note_pending, written_at
 
 SAMPLED_ROWS = 10_000
+"""Up to this size every check looks at all vectors."""
 
-Measure = Callable[["psycopg.Connection[Any]", Column, bool, str], Verdict]
-"""(connection, column, thorough, run id) → verdict."""
+SAMPLED_KEYS = 2_000
+"""Of a larger table a run looks at the vectors of so many rows."""
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """On what occasion a check runs: what it may cost, and what its run explains."""
+
+    run_id: str
+    thorough: bool
+    """False in a run that materialises the column: it must not cost a scan of the table."""
+    partitions: frozenset[str] = frozenset()
+    """That this run covered."""
+    stopped: bool = False
+    """This run ended before its partitions were empty, and said why (a limit, a cost cap)."""
+
+
+Measure = Callable[["psycopg.Connection[Any]", Column, Occasion], Verdict]
 
 
 def column_checks(file: TableFile, embedding: EmbeddingSpec) -> list[dg.AssetChecksDefinition]:
@@ -57,30 +86,26 @@ def column_checks(file: TableFile, embedding: EmbeddingSpec) -> list[dg.AssetChe
             f"are a warning at first and an error once they have been pending for {minutes:g} "
             "minutes; a quarantined share above "
             f"{embedding.max_quarantined_share:.1%} is an error.",
-            lambda connection, column, thorough, _: _coverage(connection, column, thorough),
+            _coverage,
         ),
         _Check(
             "vectors_valid",
             "No vector is all zeros (a cosine index leaves those out silently), and texts that "
             "differ have vectors that differ.",
-            lambda connection, column, thorough, _: _vectors_valid(connection, column, thorough),
+            _vectors_valid,
         ),
     ]
     retrieval = [
         _Check(
             "golden_mrr",
             f"MRR@5 on the golden set is at least {embedding.mrr_floor:g}{against}.",
-            lambda connection, column, thorough, run_id: _golden_mrr(
-                file, connection, column, thorough, run_id
-            ),
+            partial(_golden_mrr, file),
         ),
         _Check(
             "index_recall",
             f"The HNSW index finds at least {embedding.recall_floor:.0%} of what an exact search "
             "finds.",
-            lambda connection, column, thorough, run_id: _index_recall(
-                file, connection, column, thorough, run_id
-            ),
+            partial(_index_recall, file),
         ),
     ]
     return [
@@ -117,14 +142,14 @@ def _checks(
     )
     def run_checks(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
         selected = {check.name for check in context.selected_asset_check_keys}
-        thorough = key not in (context.run.asset_selection or ())
+        occasion = _occasion(context, file.spec, key)
         for check in checks:
             if check.name not in selected:
                 continue
             try:
                 column = bind_column(file.spec, embedding.column)
                 with connect() as connection:
-                    verdict = check.measure(connection, column, thorough, context.run.run_id)
+                    verdict = check.measure(connection, column, occasion)
             except PipelineError as error:
                 verdict = not_evaluated(str(error))
             except psycopg.Error as error:
@@ -132,6 +157,24 @@ def _checks(
             yield check_result(verdict, key, check.name)
 
     return run_checks
+
+
+def _occasion(
+    context: dg.AssetCheckExecutionContext, table: TableSpec, key: dg.AssetKey
+) -> Occasion:
+    run = context.run
+    event = context.instance.get_latest_materialization_event(key)
+    materialised = event.asset_materialization if event and event.run_id == run.run_id else None
+    selected = run.asset_selection
+    if materialised is None and (selected is None or key not in selected):
+        return Occasion(run.run_id, thorough=True)
+    order = names.known_partitions(context.instance, table)
+    return Occasion(
+        run.run_id,
+        thorough=False,
+        partitions=frozenset(names.partitions_of_range(run.tags, order)),
+        stopped=materialised is not None and "stopped" in materialised.metadata,
+    )
 
 
 def check_result(verdict: Verdict, key: dg.AssetKey, name: str) -> dg.AssetCheckResult:
@@ -164,50 +207,40 @@ def counted(
     return Coverage(rows, embedded, kinds, 0), False
 
 
-def _coverage(connection: "psycopg.Connection[Any]", column: Column, thorough: bool) -> Verdict:
-    counts, exact = counted(connection, column, thorough)
-    since = note_pending(connection, column, counts.pending.pending > 0)
-    in_flight = any(lease.live for lease in read_leases(connection, column).values())
+def _coverage(connection: "psycopg.Connection[Any]", column: Column, occasion: Occasion) -> Verdict:
+    counts, exact = counted(connection, column, occasion.thorough)
+    waiting = count_by_partition(connection, column)
+    since = note_pending(connection, column, bool(waiting))
+    leases = read_leases(connection, column)
+    elsewhere = bool(occasion.partitions) and not occasion.partitions & waiting.keys()
     verdict = coverage_verdict(
         counts,
         pending_since=since,
         now=datetime.now(UTC),
         max_pending_minutes=column.embedding.max_pending_minutes,
         max_quarantined_share=column.embedding.max_quarantined_share,
-        in_flight=in_flight,
+        in_flight=any(key in leases and leases[key].live for key in waiting),
+        limited=occasion.stopped or elsewhere,
     )
     verdict.metadata["rows_estimated"] = not exact
     return verdict
 
 
 def _golden_mrr(
-    file: TableFile,
-    connection: "psycopg.Connection[Any]",
-    column: Column,
-    thorough: bool,
-    run_id: str,
+    file: TableFile, connection: "psycopg.Connection[Any]", column: Column, occasion: Occasion
 ) -> Verdict:
     golden = golden_set(file)
     if golden is None:
         return not_evaluated("the table's YAML names no golden set")
-    if thorough:
-        evaluation = evaluation_of_run(connection, column, golden, run_id)
-    else:
-        known = latest(connection, column)
-        if known is None:
-            return not_evaluated(
-                "the golden set is evaluated once the column is complete, and nightly"
-            )
-        evaluation = known
+    evaluation = _evaluation(connection, column, golden, occasion)
     name = column.embedding.baseline
     baseline = None
-    if name is not None:
+    if name is not None and evaluation is not None:
         baseline_column = bind_column(file.spec, name)
-        baseline = (
-            evaluation_of_run(connection, baseline_column, golden, run_id)
-            if thorough
-            else latest(connection, baseline_column)
-        )
+        if occasion.thorough:
+            baseline = evaluation_of_run(connection, baseline_column, golden, occasion.run_id)
+        else:
+            baseline = latest(connection, baseline_column)
     return golden_mrr_verdict(
         evaluation,
         baseline,
@@ -216,38 +249,75 @@ def _golden_mrr(
         baseline_column=name,
         golden_set_hash=golden.hash,
         recipe=column.embedding.recipe,
+        reason=FOLLOWS,
     )
 
 
+FOLLOWS = (
+    "rows were written since the golden set was last evaluated; it is evaluated once the column "
+    "is complete, and nightly"
+)
+
+
+def _evaluation(
+    connection: "psycopg.Connection[Any]", column: Column, golden: GoldenSet, occasion: Occasion
+) -> Evaluation | None:
+    """This run's evaluation; without one, the latest, unless the column was written since.
+
+    What judges vectors that have been replaced must not pass for a judgement of the new ones.
+    """
+    if occasion.thorough:
+        return evaluation_of_run(connection, column, golden, occasion.run_id)
+    known = latest(connection, column)
+    if known is None or known.run_id == occasion.run_id:
+        return known
+    written = written_at(connection, column)
+    return known if written is None or written <= known.evaluated_at else None
+
+
 def _vectors_valid(
-    connection: "psycopg.Connection[Any]", column: Column, thorough: bool
+    connection: "psycopg.Connection[Any]", column: Column, occasion: Occasion
 ) -> Verdict:
-    small = estimated_rows(connection, column) <= SAMPLED_ROWS
-    sample = None if thorough or small else SAMPLED_ROWS
-    return vectors_valid_verdict(vectors_valid(connection, column, sample=sample))
+    if occasion.thorough or estimated_rows(connection, column) <= SAMPLED_ROWS:
+        return vectors_valid_verdict(vectors_valid(connection, column))
+    with connection.transaction():
+        connection.execute(BY_KEY)
+        keys = _sampled_keys(connection, column)
+        found = vectors_valid(connection, column, keys=keys)
+    return vectors_valid_verdict(replace(found, scope="sample"))
+
+
+BY_KEY = sql.SQL(
+    "SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off;"
+    " SET LOCAL enable_mergejoin = off"
+)
+
+
+def _sampled_keys(connection: "psycopg.Connection[Any]", column: Column) -> list[Key]:
+    """Keys of some rows, from a few of the table's pages, other ones each time."""
+    share = 100 * SAMPLED_KEYS / max(SAMPLED_KEYS, estimated_rows(connection, column))
+    query = sql.SQL("SELECT {}::text FROM {} TABLESAMPLE SYSTEM ({}) LIMIT {}").format(
+        column.key_json, column.relation, sql.Literal(share), sql.Literal(SAMPLED_KEYS)
+    )
+    connection.execute(SESSION)
+    return [key_from_json(key) for (key,) in connection.execute(query)]
 
 
 def _index_recall(
-    file: TableFile,
-    connection: "psycopg.Connection[Any]",
-    column: Column,
-    thorough: bool,
-    run_id: str,
+    file: TableFile, connection: "psycopg.Connection[Any]", column: Column, occasion: Occasion
 ) -> Verdict:
     golden = golden_set(file)
-    pending = count_kinds(connection, column).pending
+    measured: IndexRecall | None = None
     if golden is not None:
-        evaluation = (
-            evaluation_of_run(connection, column, golden, run_id)
-            if thorough
-            else latest(connection, column)
-        )
+        evaluation = _evaluation(connection, column, golden, occasion)
         measured = evaluation.measured_index if evaluation is not None else None
-    else:
-        measured = index_recall(connection, column) if thorough else None
+    elif occasion.thorough:
+        measured = index_recall(connection, column)
+    if measured is not None and (gone := find_index(connection, column).reason) is not None:
+        measured = IndexRecall(None, 0, None, gone)
     return index_recall_verdict(
         measured,
         column.embedding.recall_floor,
-        pending=pending,
+        pending=count_kinds(connection, column).pending,
         reason="the index is measured once the column is complete, and nightly",
     )

@@ -67,6 +67,16 @@ def record_run(connection: "psycopg.Connection[Any]", column: Column, result: Ru
         )
 
 
+def written_at(connection: "psycopg.Connection[Any]", column: Column) -> datetime | None:
+    """When a run last wrote to the column; None when none ever did."""
+    row = connection.execute(
+        "SELECT written_at FROM embedding_pipeline.embedding_column"
+        " WHERE table_schema = $1 AND table_name = $2 AND column_name = $3",
+        list(_names(column)),
+    ).fetchone()
+    return row[0] if row else None
+
+
 def note_pending(
     connection: "psycopg.Connection[Any]", column: Column, pending: bool
 ) -> datetime | None:
