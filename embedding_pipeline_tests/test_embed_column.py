@@ -167,7 +167,7 @@ def test_a_run_that_failed_says_why_though_the_database_is_away(
         raise psycopg.OperationalError("the server is away")
 
     monkeypatch.setattr(subject, "record_run", away)
-    monkeypatch.setattr(subject._account.retry, "stop", lambda _: True)  # type: ignore[attr-defined]
+    monkeypatch.setattr(subject._account.retry, "stop", lambda _: True)
     said: list[str] = []
     with pytest.raises(BackfillError, match="bad key"):
         embed_column(database, column, PARTITIONS, Options(), report=said.append)
@@ -199,10 +199,13 @@ def test_a_forecast_reads_a_sample_and_counts_tokens(
     original = subject.make_embedder
 
     def counting(embedding: Any) -> Any:
-        embedder: Any = original(embedding)
-        monkeypatch.setattr(
-            embedder, "estimate_tokens", lambda text: read.append(text) or 3, raising=False
-        )
+        embedder = original(embedding)
+
+        def estimate(text: str) -> int:
+            read.append(text)
+            return 3
+
+        monkeypatch.setattr(embedder, "estimate_tokens", estimate)
         return embedder
 
     monkeypatch.setattr(subject, "make_embedder", counting)
