@@ -291,8 +291,7 @@ class _Run:
             found = True
             position = page[-1].position
             self._size_pages(page)
-            await self._recall(connection, page)
-            await self._hand_on(partition, page)
+            await self._hand_on(partition, page, await self._recall(connection, page))
         return found
 
     async def _page(
@@ -315,8 +314,10 @@ class _Run:
         fitting = PAGE_BYTES * len(page) // max(1, characters)
         self.page_rows = max(1, min(self.most_in_page, fitting))
 
-    async def _recall(self, connection: ReconnectingConnection, page: list[PendingRow]) -> None:
-        """Fetch vectors that the column has already for these rows' texts.
+    async def _recall(
+        self, connection: ReconnectingConnection, page: list[PendingRow]
+    ) -> dict[UUID, Vector]:
+        """Vectors that the column has already for these rows' texts, as far as not at hand.
 
         Of texts that this run has paid for and forgotten; with `reuse: true`, of any.
         """
@@ -333,15 +334,13 @@ class _Run:
             wanted &= memory.places.keys()
             places = [memory.places[fingerprint] for fingerprint in wanted]
         if not wanted:
-            return
+            return {}
         fingerprints = list(wanted)
-        stored = await connection.run(
-            lambda c: stored_vectors(c, self.column, fingerprints, places)
-        )
-        for fingerprint, vector in stored.items():
-            memory.keep(fingerprint, vector)
+        return await connection.run(lambda c: stored_vectors(c, self.column, fingerprints, places))
 
-    async def _hand_on(self, partition: str, page: list[PendingRow]) -> None:
+    async def _hand_on(
+        self, partition: str, page: list[PendingRow], recalled: dict[UUID, Vector]
+    ) -> None:
         """Give rows to the writer where nothing is to be embedded, else to the provider."""
         if self.outstanding >= self.most_outstanding:
             await self._send()
@@ -354,6 +353,8 @@ class _Run:
             elif (error := self.memory.refused.get(fingerprint)) is not None:
                 staged = StagedRow(row.key, fingerprint, None)
                 ready.append(_Write(partition, staged, "quarantined", error))
+            elif (vector := recalled.get(fingerprint)) is not None:
+                ready.append(_Write(partition, StagedRow(row.key, fingerprint, vector), "reused"))
             elif (known := self.memory.vector(fingerprint)) is not None:
                 ready.append(_Write(partition, StagedRow(row.key, fingerprint, known[0]), known[1]))
             elif fingerprint not in self.memory.given_up:

@@ -187,15 +187,16 @@ def test_equal_texts_are_embedded_once_in_a_run(
     """Also where so many others lie between them that the vector is long forgotten."""
     monkeypatch.setattr(backfill_module, "REMEMBERED_BYTES", 0)
     monkeypatch.setattr(
-        backfill_module._Memory, "keep", _keep_at_most(3, backfill_module._Memory.keep)
+        backfill_module._Memory, "keep", _keep_at_most(20, backfill_module._Memory.keep)
     )
-    connection.execute("UPDATE docs SET body = 'text number ' || id % 40")
+    # the same fifty texts in each of the four partitions
+    connection.execute("UPDATE docs SET body = 'text number ' || (id - 1) / 4")
 
-    outcome = run(database, column, server, options=Options(batch_size=4, concurrency=2))
+    outcome = run(database, column, server, options=Options(batch_size=4, concurrency=1))
 
     assert wrong_rows(connection, column) == []
-    assert server.count.inputs == 40
-    assert (outcome.total.embedded, outcome.total.reused) == (40, 160)
+    assert server.count.inputs == 50
+    assert (outcome.total.embedded, outcome.total.reused) == (50, 150)
 
 
 def _keep_at_most(most: int, original: Callable[..., None]) -> Callable[..., None]:
