@@ -44,6 +44,7 @@ LINGER_SECONDS = 5.0
 START_SECONDS = 600.0  # crash recovery of a large database takes minutes, and is not an error
 
 _USERS, _KEEPER, _START = "in_use.lock", "keeper.lock", "start.lock"
+_PROMISE = "stay_until"
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 # What a keeper may see of the environment of the process that happened to start it: no secret.
 _PASSED_ON = ("PATH", "HOME", "USER", "TMPDIR", "TZ", "VIRTUAL_ENV", "SYSTEMROOT", "LANG", "LC_ALL")
@@ -241,6 +242,23 @@ def _remember(child: subprocess.Popen[bytes] | None) -> None:
         _children.append(child)
 
 
+def stay(directory: Path, seconds: float) -> None:
+    """Promise that the service stays up for so long, for somebody who is still to come.
+
+    A command that prints an address ends before whoever asked for it can connect.
+    """
+    until = time.time() + seconds
+    if until > _promised(directory):
+        (directory / _PROMISE).write_text(f"{until}\n")
+
+
+def _promised(directory: Path) -> float:
+    try:
+        return float((directory / _PROMISE).read_text())
+    except (OSError, ValueError):
+        return 0.0
+
+
 def last_lines(*logs: Path, count: int = 15) -> str:
     """The ends of some log files, for an error message."""
     parts = []
@@ -282,10 +300,11 @@ class Keeping:
         """Seconds to wait between two calls of `is_over`."""
         return 1.0 if self._linger is None else min(1.0, max(0.05, self._linger / 5))
 
-    def is_over(self) -> bool:
+    def is_over(self, busy: Callable[[], bool] = lambda: False) -> bool:
         """Whether to stop now: no user for `linger` seconds, or the directory is gone.
 
-        After True no user can come in until `end`.
+        `busy` is asked before the end: whether somebody uses the service who holds no lock, such
+        as a `psql`. After True no user can come in until `end`.
         """
         if not _is_at(self._keeper_lock, self._directory / _KEEPER):
             return True
@@ -300,8 +319,12 @@ class Keeping:
             return False
         now = time.monotonic()
         self._alone_since = now if self._alone_since is None else self._alone_since
-        if now - self._alone_since < self._linger:
+        if now - self._alone_since < self._linger or time.time() < _promised(self._directory):
             os.close(users_lock)
+            return False
+        if busy():
+            os.close(users_lock)
+            self._alone_since = None
             return False
         self._users_lock = users_lock
         return True

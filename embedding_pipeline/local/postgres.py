@@ -125,6 +125,24 @@ def stop_postgres(home: Path, timeout: float = 60.0) -> None:
         server.stop(process)
 
 
+def keep_up(home: Path, seconds: float) -> None:
+    """Keep the server up for so long although this process ends, for clients still to come."""
+    in_use.stay(_directory(home), seconds)
+
+
+def _has_clients(url: str) -> bool:
+    """Whether anybody is connected: a `psql` or a script that was only given the address."""
+    try:
+        with psycopg.connect(url, connect_timeout=2) as connection:
+            found = connection.execute(
+                "SELECT FROM pg_stat_activity WHERE backend_type = 'client backend'"
+                " AND pid <> pg_backend_pid() LIMIT 1"
+            ).fetchone()
+    except psycopg.OperationalError:
+        return False
+    return found is not None
+
+
 def is_running(home: Path) -> bool:
     """Whether the server in `home` accepts connections; never starts it."""
     url = _Server(_directory(home)).url("postgres")
@@ -517,7 +535,12 @@ def _keep(keeping: in_use.Keeping, server: _Server) -> None:
     """Keep the server up until nobody uses it, or SIGTERM asks to stop it."""
     process = server.start()
     print(f"ready: {server.url(DATABASE)}", flush=True)  # noqa: T201
-    while not _stop_asked.wait(keeping.pause) and not keeping.is_over():
+
+    def busy() -> bool:
+        url = server.url(DATABASE)
+        return url is not None and _has_clients(url)
+
+    while not _stop_asked.wait(keeping.pause) and not keeping.is_over(busy):
         if not _alive(process):
             print("the postmaster ended; starting it again", flush=True)  # noqa: T201
             process = server.start()

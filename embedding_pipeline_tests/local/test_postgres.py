@@ -349,3 +349,27 @@ def test_root_below_a_closed_folder_opens_it_for_passing_through_only(home: Path
     finally:
         in_use.release(inner / "postgres")
         postgres.stop_postgres(inner)
+
+
+def test_a_client_that_only_knows_the_address_keeps_the_server_up(home: Path) -> None:
+    """`psql "$(embedding-pipeline database-url)"`: the command that started the server has ended
+    and the server went away under the open session."""
+    url = ensure_postgres(home, linger=0.2)
+    with psycopg.connect(url, autocommit=True) as client:
+        in_use.release(home / "postgres")
+        lingered = time.monotonic() + 2
+        while time.monotonic() < lingered:  # ten lingers: it would have stopped by now
+            assert client.execute("SELECT 1").fetchone() == (1,)
+    eventually(lambda: not is_running(home), "the server stops after its last client")
+
+
+def test_the_server_waits_for_a_client_that_was_promised_it(home: Path) -> None:
+    """A script gets the address first and connects when it comes to it."""
+    url = ensure_postgres(home, linger=0.2)
+    postgres.keep_up(home, 3600)
+    in_use.release(home / "postgres")
+    lingered = time.monotonic() + 2
+    while time.monotonic() < lingered:
+        assert query(url, "SELECT 1") == (1,)
+    (home / "postgres" / "stay_until").unlink()
+    eventually(lambda: not is_running(home), "the server stops when the promise is over")
