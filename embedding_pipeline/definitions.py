@@ -1,6 +1,7 @@
 """The one entry point: everything under `defs/`, loaded by Dagster's component loader."""
 
 import importlib
+import warnings
 
 import dagster as dg
 
@@ -9,22 +10,20 @@ from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.settings import PROJECT_ROOT
 from embedding_pipeline.spec_files import DEFS_FOLDER, TableFile, all_table_files
 
+# which of its own parameters Dagster calls beta is no news to those who use this project
+for _category in (dg.BetaWarning, dg.PreviewWarning):
+    warnings.filterwarnings("ignore", category=_category, module=r"dagster\.")
+
 
 @dg.definitions
 def defs() -> dg.Definitions:
     """Every table of `defs/`, and those of the folder that EMBEDDING_PIPELINE_DEFS names."""
-    tables = _table_files()
+    further = [file for file in _table_files() if not file.path.is_relative_to(DEFS_FOLDER)]
     return dg.Definitions.merge(
         _shipped(),
-        *(
-            table_definitions(table)
-            for table in tables
-            if not table.path.is_relative_to(DEFS_FOLDER)
-        ),
-        dg.Definitions(
-            # a step of its own process costs seconds to start; the run is the unit of scaling out
-            executor=dg.in_process_executor,
-        ),
+        *map(table_definitions, further),
+        # a step of its own process costs seconds to start; the run is the unit of scaling out
+        dg.Definitions(executor=dg.in_process_executor),
     )
 
 

@@ -94,6 +94,7 @@ def loaded(**options: Any) -> dict[str, Any]:
     """What the definitions hold, found out by a fresh interpreter."""
     result = run("-c", LOAD, **options)
     assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr
     found: dict[str, Any] = json.loads(result.stdout)
     return found
 

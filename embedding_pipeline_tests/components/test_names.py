@@ -13,6 +13,8 @@ from embedding_pipeline.spec import RESERVED_WORDS, dagster_name, undagster_name
 from embedding_pipeline.spec_files import TableFile
 from embedding_pipeline_tests.tables import embedding, spec
 
+pytestmark = pytest.mark.filterwarnings("ignore::dagster.BetaWarning")
+
 BY_TENANT = {"by": "column", "column": "tenant"}
 BY_MONTH = {"by": "month", "column": "made"}
 BY_HASH = {"by": "hash", "buckets": 3}
