@@ -216,11 +216,15 @@ def backfill(
 @_columns
 @click.option("--json", "as_json", is_flag=True, help="A list of objects, one a column.")
 def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None:
-    """Every column: rows, embedded, pending, quarantined, ineligible. Counts every row."""
+    """Every column: rows, embedded, pending, quarantined, ineligible. Counts every row.
+
+    Tokens and cost are those of every run so far; the last run is when the latest one ended.
+    """
     from embedding_pipeline.columns import select
     from embedding_pipeline.store.catalogue import bind_columns
     from embedding_pipeline.store.connection import connect
     from embedding_pipeline.store.pending import coverage
+    from embedding_pipeline.store.results import spent
 
     rows = []
     with connect() as connection:
@@ -230,6 +234,7 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
                 if column.embedding.column not in wanted:
                     continue
                 counts = coverage(connection, column)
+                used = spent(connection, column)
                 rows.append(
                     {
                         "table": file.spec.table,
@@ -241,6 +246,10 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
                         "pending": counts.pending.pending,
                         "quarantined": counts.pending.quarantined,
                         "ineligible": counts.ineligible,
+                        "tokens": used.tokens,
+                        "cost_usd": round(used.cost, 6) if as_json else f"${used.cost:.4f}",
+                        "last_run_at": used.last_run_at
+                        and used.last_run_at.isoformat(timespec="seconds"),
                     }
                 )
     _print_rows(rows, as_json)
@@ -346,6 +355,96 @@ def migrate(
             take_ownership=take_ownership,
         )
     click.echo(f"{len(statements)} statements executed" if statements else "nothing to do")
+
+
+@main.command()
+@click.argument("table")
+@click.argument("column")
+@click.option(
+    "--ids",
+    multiple=True,
+    metavar="JSON",
+    help="Only these keys: a key or a JSON list of keys. Repeatable.",
+)
+@click.option("--partition", "partitions", multiple=True, help="Only this partition. Repeatable.")
+@click.option(
+    "--list", "only_list", is_flag=True, help="Show what is quarantined, and why; change nothing."
+)
+@click.option("--json", "as_json", is_flag=True, help="The list, or what was done, as JSON.")
+def retry(
+    table: str,
+    column: str,
+    ids: Sequence[str],
+    partitions: Sequence[str],
+    only_list: bool,
+    as_json: bool,
+) -> None:
+    """Let quarantined rows be tried again.
+
+    A row is quarantined when the provider refuses its text for good: it is left out of every run,
+    counted apart, and kept with the provider's words, until its text changes or you retry it.
+    Retrying makes the row pending, nothing more; the table's sensor or a backfill then sends it.
+    Do it once what the provider complained about has changed: a model that reads longer texts, a
+    content filter, a bug of theirs. A row that is refused again is quarantined again, and counts
+    one attempt more.
+
+    \b
+      embedding-pipeline retry knowledge_chunks embedding_1536 --list
+      embedding-pipeline retry knowledge_chunks embedding_1536
+      embedding-pipeline retry knowledge_chunks embedding_1536 --ids 17 --ids '[18, 19]'
+      embedding-pipeline retry phrases embedding_384 --ids 8b5b0f6e-…   text needs no quotes
+      embedding-pipeline retry orders embedding_384 --ids '["acme", 7]'   a composite key
+      embedding-pipeline backfill knowledge_chunks embedding_1536   embeds them now
+    """
+    from embedding_pipeline.columns import select
+    from embedding_pipeline.store.catalogue import bind_columns
+    from embedding_pipeline.store.connection import connect
+    from embedding_pipeline.store.retry import parse_keys, quarantined_rows
+    from embedding_pipeline.store.retry import retry as retry_rows
+
+    [(file, _)] = select(_files(), [table], [column])
+    width = len(file.spec.key_columns)
+    keys = [key for text in ids for key in parse_keys(text, width)] if ids else None
+    only = list(partitions) or None
+    with connect() as connection:
+        bound = next(
+            each for each in bind_columns(connection, file.spec) if each.embedding.column == column
+        )
+        if only_list:
+            rows = quarantined_rows(connection, bound, keys=keys, partitions=only)
+            if rows or as_json:
+                _print_rows([_quarantined(row, as_json) for row in rows], as_json)
+            else:
+                click.echo(f"{bound}: no row is quarantined")
+            return
+        done = retry_rows(connection, bound, keys=keys, partitions=only)
+    if as_json:
+        unknown = [list(key) for key in done.unknown]
+        click.echo(json.dumps({"retried": done.rows, "not_quarantined": unknown}))
+    elif done.rows:
+        click.echo(
+            f"{bound}: {done.rows:,} rows are pending again; the table's sensor embeds them, or "
+            f"now: embedding-pipeline backfill {table} {column}"
+        )
+    elif keys is None:
+        click.echo(f"{bound}: no row is quarantined")
+    if done.unknown:
+        names = "; ".join(", ".join(key) for key in done.unknown)
+        raise PipelineError(
+            f"{bound}: not quarantined: {names} (see embedding-pipeline retry {table} {column} "
+            "--list)"
+        )
+
+
+def _quarantined(row: Any, as_json: bool) -> dict[str, Any]:
+    values = {
+        "key": list(row.key) if as_json else ", ".join(row.key),
+        "partition": row.partition,
+        "error": row.error if as_json else " ".join(row.error.split()),
+        "attempts": row.attempts,
+        "since": row.first_at.isoformat(timespec="seconds"),
+    }
+    return values | {"last": row.last_at.isoformat(timespec="seconds")}
 
 
 @main.command("database-url")
@@ -580,7 +679,7 @@ def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
     _console().print(table)
 
 
-_TEXTS = {"table", "column", "model"}
+_TEXTS = {"table", "column", "model", "key", "partition", "error", "since", "last", "last_run_at"}
 
 
 def _cell(value: Any) -> str:

@@ -6,6 +6,7 @@ import warnings
 import dagster as dg
 
 from embedding_pipeline.components.embedded_table import table_definitions
+from embedding_pipeline.components.retry_job import retry_quarantined
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.settings import PROJECT_ROOT
 from embedding_pipeline.spec_files import DEFS_FOLDER, TableFile, all_table_files
@@ -23,7 +24,7 @@ def defs() -> dg.Definitions:
         _shipped(),
         *map(table_definitions, further),
         # a step of its own process costs seconds to start; the run is the unit of scaling out
-        dg.Definitions(executor=dg.in_process_executor),
+        dg.Definitions(executor=dg.in_process_executor, jobs=[retry_quarantined]),
     )
 
 

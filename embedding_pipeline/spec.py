@@ -159,6 +159,9 @@ class EmbeddingSpec(_Strict):
     max_quarantined_share: Number = Field(
         0.01, ge=0, le=1, description="A larger share of refused rows stops the run."
     )
+    max_cost: Number | None = Field(
+        None, gt=0, description="US dollars; a run stops before it would pass them."
+    )
     batch_size: Whole = Field(64, ge=1, le=2048, description="Texts in one request.")
     concurrency: Whole = Field(8, ge=1, le=256, description="Requests in flight at once.")
 

@@ -53,7 +53,7 @@ class EmbedConfig(dg.Config):
             limit=min(self.limit or table.rows_per_run, table.rows_per_run),
             batch_size=self.batch_size or embedding.batch_size,
             concurrency=self.concurrency or embedding.concurrency,
-            max_cost=self.max_cost,
+            max_cost=self.max_cost or embedding.max_cost,
         )
 
 

@@ -86,7 +86,8 @@ def _allowed(column: Column) -> sql.Composable:
 
 def _quarantined_here(column: Column) -> sql.Composable:
     return sql.SQL(
-        "q.table_schema = {schema} AND q.table_name = {table} AND q.column_name = {column}"
+        "q.released_at IS NULL AND q.table_schema = {schema}"
+        " AND q.table_name = {table} AND q.column_name = {column}"
     ).format(
         schema=sql.Literal(column.facts.schema),
         table=sql.Literal(column.facts.name),

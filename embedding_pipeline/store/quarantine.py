@@ -43,8 +43,9 @@ async def quarantine(
         " fingerprint, error FROM unnest($1::text[], $2::uuid[], $3::text[])"
         " AS u(k, fingerprint, error)) AS r"
         " ON CONFLICT (table_schema, table_name, column_name, key, fingerprint)"
-        " DO UPDATE SET error = excluded.error, attempts = q.attempts + 1, last_at = now()"
-    ).format(typed=_typed(column, sql.Identifier("refused_key")), **_names(column))
+        " DO UPDATE SET error = excluded.error, attempts = q.attempts + 1, last_at = now(),"
+        " released_at = NULL"
+    ).format(typed=typed_key(column, sql.Identifier("refused_key")), **_names(column))
     parameters = [
         [json_key(refusal.key) for refusal in refusals],
         [refusal.fingerprint for refusal in refusals],
@@ -55,7 +56,7 @@ async def quarantine(
         await connection.execute(query, parameters)
 
 
-def _typed(column: Column, key: sql.Composable) -> sql.Composable:
+def typed_key(column: Column, key: sql.Composable) -> sql.Composable:
     """A key given as a JSON array of strings, as the table's own types make it."""
     return sql.SQL("jsonb_build_array({})").format(
         sql.SQL(", ").join(
@@ -74,17 +75,19 @@ def storable(text: str, most: int) -> str:
 def release_quarantined(
     connection: "psycopg.Connection[Any]", column: Column, keys: Sequence[Sequence[Any]] | None
 ) -> int:
-    """Forget refusals (all, or those of some keys), so that the rows are pending again.
+    """Let refused rows (all, or those of some keys) be tried again: they are pending now.
 
+    Attempts and first time are kept, in case the provider refuses them once more.
     PipelineError for a key that the table's key type cannot have.
     """
     wanted = [json_key(tuple(map(str, key))) for key in keys] if keys is not None else None
     query = sql.SQL(
-        "DELETE FROM embedding_pipeline.quarantined_row WHERE table_schema = {schema}"
-        " AND table_name = {table} AND column_name = {column} AND ($1::text[] IS NULL OR key IN"
+        "UPDATE embedding_pipeline.quarantined_row SET released_at = now()"
+        " WHERE released_at IS NULL AND table_schema = {schema} AND table_name = {table}"
+        " AND column_name = {column} AND ($1::text[] IS NULL OR key IN"
         " (SELECT {typed} FROM (SELECT k::jsonb AS wanted_key FROM unnest($1::text[]) AS u(k))"
         " AS w))"
-    ).format(typed=_typed(column, sql.Identifier("wanted_key")), **_names(column))
+    ).format(typed=typed_key(column, sql.Identifier("wanted_key")), **_names(column))
     try:
         with connection.transaction():
             connection.execute(SESSION)

@@ -77,6 +77,29 @@ def written_at(connection: "psycopg.Connection[Any]", column: Column) -> datetim
     return row[0] if row else None
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What all runs of a column have used."""
+
+    tokens: int
+    cost: float
+    """US dollars."""
+    last_run_at: datetime | None
+    """When the latest run ended; None before the first."""
+
+
+def spent(connection: "psycopg.Connection[Any]", column: Column) -> Spent:
+    """Tokens, cost and the end of the latest run, over every run recorded for a column."""
+    row = connection.execute(
+        "SELECT coalesce(sum(tokens), 0)::bigint, coalesce(sum(cost_usd), 0)::float8,"
+        " max(finished_at) FROM embedding_pipeline.run_result"
+        " WHERE table_schema = $1 AND table_name = $2 AND column_name = $3",
+        list(_names(column)),
+    ).fetchone()
+    assert row is not None
+    return Spent(*row)
+
+
 def note_pending(
     connection: "psycopg.Connection[Any]", column: Column, pending: bool
 ) -> datetime | None:
