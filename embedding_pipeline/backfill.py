@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import accumulate
 from typing import Any
 from uuid import UUID
 
@@ -37,6 +38,8 @@ MOST_OUTSTANDING = 8192
 """Rows between reader and writer: a text that a million rows share is one input only."""
 MOST_PASSES = 8
 """How often a run re-reads its partitions for rows that arrived or were locked meanwhile."""
+TOO_DEAR = "would be passed"
+"""In `Outcome.stopped` of a run that its cost cap ended."""
 MOST_IDLE_PASSES = 3
 """After so many passes in a row that changed nothing a run leaves the rest to the next one."""
 PROGRESS_SECONDS = 0.5
@@ -137,11 +140,11 @@ class _Waiting:
 
 @dataclass
 class _Batch:
-    """Inputs of one request and what they are estimated to cost, in US dollars."""
+    """Inputs of one request, and the tokens that are reserved for it under a cost cap."""
 
     inputs: list[_Waiting] = field(default_factory=list)
     characters: int = 0
-    estimate: float = 0.0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,7 @@ class _Run:
         self.settled = asyncio.Condition()
         self.failure: Exception | None = None
         self.too_dear = False
-        self.reserved_cost = 0.0
+        self.reserved_tokens = 0
         self.reading = ""
         self.started = time.monotonic()
 
@@ -389,33 +392,42 @@ class _Run:
             await self._send()
 
     async def _send(self) -> None:
-        """Queue the batch that was being filled, unless its cost would pass the cap."""
+        """Queue the batch that was being filled, as far as its cost may not pass the cap."""
         batch, self.batch = self.batch, _Batch()
-        if not batch.inputs:
-            return
-        if self.options.max_cost is not None and not await self._affordable(batch):
-            self.too_dear = True
-            self.outcome.stopped = f"max_cost of ${self.options.max_cost:g} would be passed"
-            await self._abandon(batch.inputs)
-            return
-        self.batches_out += 1
-        await self.inputs.put(batch)
+        waiting = batch.inputs
+        while waiting:
+            afforded = await self._affordable(waiting)
+            if not afforded.inputs:
+                self.too_dear = True
+                self.outcome.stopped = f"max_cost of ${self.options.max_cost:g} {TOO_DEAR}"
+                await self._abandon(waiting)
+                return
+            waiting = waiting[len(afforded.inputs) :]
+            self.batches_out += 1
+            await self.inputs.put(afforded)
 
-    async def _affordable(self, batch: _Batch) -> bool:
-        """Reserve a batch's estimated cost, once it is known what those before it came to."""
-        most = self.options.max_cost or 0.0
-        texts = [item.text for item in batch.inputs]
-        tokens = await asyncio.to_thread(lambda: sum(map(self.embedder.estimate_tokens, texts)))
-        batch.estimate = self.embedder.cost(tokens)
+    async def _affordable(self, waiting: list[_Waiting]) -> _Batch:
+        """As many of these inputs as can be paid for whatever the provider counts.
 
-        def fits() -> bool:
-            return self.outcome.cost + self.reserved_cost + batch.estimate <= most
+        What they cost at most is reserved until it is known what they came to. When not even
+        half of them fit, that is waited for.
+        """
+        most, cost = self.options.max_cost, self.embedder.cost
+        if most is None or not cost(1_000_000):
+            return _Batch(waiting)
+        tokens = list(accumulate(self.embedder.most_tokens(each.text) for each in waiting))
+        while True:
+            spoken_for = self.outcome.tokens + self.reserved_tokens
+            fitting = sum(cost(spoken_for + reached) <= most for reached in tokens)
+            if 2 * fitting >= len(waiting) or self.batches_out == 0 or self.failure is not None:
+                break
+            await self._wait_until(partial(self._fewer_out, self.batches_out))
+        reserved = tokens[fitting - 1] if fitting else 0
+        self.reserved_tokens += reserved
+        return _Batch(waiting[:fitting], tokens=reserved)
 
-        await self._wait_until(lambda: fits() or self.batches_out == 0)
-        if not fits():
-            return False
-        self.reserved_cost += batch.estimate
-        return True
+    def _fewer_out(self, before: int) -> bool:
+        return self.batches_out < before
 
     async def _abandon(self, inputs: Sequence[_Waiting]) -> None:
         """Let rows go without a vector: they stay pending."""
@@ -495,8 +507,8 @@ class _Run:
         outcome.requests += result.requests
         outcome.throttled += result.throttled
         outcome.retried += result.retried
-        outcome.cost += self.embedder.cost(result.tokens)
-        self.reserved_cost -= batch.estimate
+        outcome.cost = self.embedder.cost(outcome.tokens)
+        self.reserved_tokens -= batch.tokens
         self.batches_out -= 1
 
     # ---- writing -----------------------------------------------------------------------------

@@ -146,7 +146,9 @@ def run(
 @click.option("--limit", type=click.IntRange(1), help="Embed at most this many rows.")
 @click.option("--batch", type=click.IntRange(1, 2048), help="Texts a request.")
 @click.option("--concurrency", type=click.IntRange(1, 256), help="Requests in flight.")
-@click.option("--max-cost", type=click.FloatRange(0, min_open=True), help="US dollars.")
+@click.option(
+    "--max-cost", type=click.FloatRange(0, min_open=True), help="US dollars, never passed."
+)
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -204,6 +206,8 @@ def backfill(
                 f"{bound}: {result.embedded:,} rows written, {result.tokens:,} tokens, "
                 f"${result.cost:.4f}"
             )
+            for line in result.warnings:
+                console.print(f"warning: {bound}: {line}")
             for line in result.errors:
                 click.echo(f"error: {bound}: {line}", err=True)
                 failed = True

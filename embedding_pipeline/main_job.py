@@ -12,7 +12,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from embedding_pipeline.backfill import Progress
+from embedding_pipeline.backfill import TOO_DEAR, Progress
 from embedding_pipeline.components import names
 from embedding_pipeline.components.assets import LEASE_HELD, LISTENERS, bind_column
 from embedding_pipeline.components.decide import ColumnFacts, dead_leases, ranges
@@ -178,13 +178,18 @@ def _embed(
     table, embedding = column.table, column.embedding
     key = names.column_key(table, embedding)
     order = names.known_partitions(instance, table)
-    limit = config.get("limit")
+    limit, cap = config.get("limit"), config.get("max_cost")
     for request in ranges(embedding.column, partitions, order, table.rows_per_run):
         run_config: dict[str, int | float] = dict(config)
         if limit is not None:
             if result.embedded >= limit:
                 return False
             run_config["limit"] = limit - result.embedded
+        if cap is not None:
+            # the command's, over all its runs; the YAML's is each run's own
+            if result.cost >= cap:
+                return False
+            run_config["max_cost"] = cap - result.cost
         outcome = _execute(
             instance,
             job,
@@ -198,7 +203,7 @@ def _embed(
             {"ops": {key.to_python_identifier(): {"config": run_config}}} if run_config else {},
             on_progress,
         )
-        seconds, held = 0.0, False
+        seconds, held, too_dear = 0.0, False, False
         for event in outcome.all_events:
             if event.is_step_materialization and event.asset_key == key:
                 figures = event.step_materialization_data.materialization.metadata
@@ -208,11 +213,17 @@ def _embed(
                 result.tokens += int(_number(figures, "tokens"))
                 result.cost += _number(figures, "cost_usd")
                 seconds = _number(figures, "run_seconds")
+                too_dear = too_dear or TOO_DEAR in str(figures.get("stopped"))
             if event.is_failure and event.is_step_event:
                 held = _is_lease_error(event)
                 if not held:
                     result.errors.append(_step_error(event))
         result.seconds += seconds
+        if too_dear:
+            result.warnings.append(
+                f"stopped at its cost cap with ${result.cost:.4f} spent; the rest stays pending"
+            )
+            return False
         if not outcome.success:
             return held
     return limit is None or result.embedded < limit

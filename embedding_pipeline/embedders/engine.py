@@ -170,11 +170,18 @@ class ProviderEmbedder:
 
     def estimate_tokens(self, text: str) -> int:
         """See `Embedder.estimate_tokens`."""
-        longest = min(
+        return min(self.counter.count(self._prefix + text), self._longest)
+
+    def most_tokens(self, text: str) -> int:
+        """See `Embedder.most_tokens`."""
+        return min(self.counter.upper_bound(self._prefix + text), self._longest)
+
+    @property
+    def _longest(self) -> int:
+        return min(
             self.endpoint.max_tokens_per_input,
             self.counter.longest or self.endpoint.max_tokens_per_input,
         )
-        return min(self.counter.count(self._prefix + text), longest)
 
     def cost(self, tokens: int) -> float:
         """See `Embedder.cost`."""

@@ -113,6 +113,10 @@ class Embedder(Protocol):
         """Tokens of this text, prefix included, after the cut to the model's length."""
         ...
 
+    def most_tokens(self, text: str) -> int:
+        """What the provider can count at most for this text: for caps, at no cost to work out."""
+        ...
+
     def cost(self, tokens: int) -> float:
         """US dollars for so many tokens; 0 where the endpoint has no price for the model."""
         ...

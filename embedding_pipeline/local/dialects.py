@@ -185,11 +185,16 @@ class _Tei:
                     self._invalid(
                         f"`inputs` must have less than {MAX_TOKENS} tokens. Given: {len(ids)}"
                     )
-            future = self._batcher.submit([self._model.cut(ids) for ids in tokens], self._source)
-            vectors = await _answer(request, future)
+            tokens = [self._model.cut(ids) for ids in tokens]
+            vectors = await _answer(request, self._batcher.submit(tokens, self._source))
         finally:
             self._permits.give_back(len(texts))
-        return _json(vectors.tolist())
+        counted = {
+            "x-compute-type": "cpu",
+            "x-compute-characters": str(sum(map(len, texts))),
+            "x-compute-tokens": str(sum(map(len, tokens))),
+        }
+        return _json(vectors.tolist(), headers=counted)
 
     def _invalid(self, message: str) -> NoReturn:
         self._refuse(f"Input validation error: {message}", "Validation")
