@@ -185,14 +185,14 @@ class _Tei:
                     self._invalid(
                         f"`inputs` must have less than {MAX_TOKENS} tokens. Given: {len(ids)}"
                     )
-            tokens = [self._model.cut(ids) for ids in tokens]
-            vectors = await _answer(request, self._batcher.submit(tokens, self._source))
+            cut = [self._model.cut(ids) for ids in tokens]
+            vectors = await _answer(request, self._batcher.submit(cut, self._source))
         finally:
             self._permits.give_back(len(texts))
         counted = {
             "x-compute-type": "cpu",
             "x-compute-characters": str(sum(map(len, texts))),
-            "x-compute-tokens": str(sum(map(len, tokens))),
+            "x-compute-tokens": str(sum(map(len, cut))),
         }
         return _json(vectors.tolist(), headers=counted)
 

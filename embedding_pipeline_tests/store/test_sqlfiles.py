@@ -41,17 +41,18 @@ def test_a_new_version_of_the_projects_tables_is_applied_once(
     create_docs(connection)
     migrate.migrate(connection, [spec()])
     copytree(sqlfiles.folder(), tmp_path / "sql")
-    (tmp_path / "sql" / "project" / "0002_notes.sql").write_text(
+    new = sqlfiles.numbered("project")[-1][0] + 1
+    (tmp_path / "sql" / "project" / f"{new:04}_notes.sql").write_text(
         "CREATE TABLE embedding_pipeline.note (id int);\n"
-        "INSERT INTO embedding_pipeline.schema_version (version) VALUES (2)\n"
+        f"INSERT INTO embedding_pipeline.schema_version (version) VALUES ({new})\n"
     )
     monkeypatch.setattr(sqlfiles, "folder", lambda: tmp_path / "sql")
 
     statements = migrate.migrate(connection, [spec()])
 
-    assert [s.why for s in statements] == ["bring the project's tables to version 2"]
+    assert [s.why for s in statements] == [f"bring the project's tables to version {new}"]
     assert migrate.migrate(connection, [spec()]) == []
-    assert value(connection, "SELECT max(version) FROM embedding_pipeline.schema_version") == 2
+    assert value(connection, "SELECT max(version) FROM embedding_pipeline.schema_version") == new
 
 
 @pytest.mark.skipif(
