@@ -5,6 +5,7 @@ router (429 Overloaded, 424 Backend, 422 Tokenizer, 413 Validation, 400 Empty, 5
 """
 
 import binascii
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,8 +95,9 @@ def _error_text(body: bytes) -> tuple[str, str | None]:
     """Words and code from `{"error": {"message", "code", "type"}}` or TEI's `{"error", …}`."""
     text = body.decode("utf-8", "replace")
     try:
-        parsed = from_json(body)
-    except ValueError:
+        # the standard library's parser takes halves of surrogate pairs, which texts quoted may have
+        parsed = json.loads(body)
+    except (ValueError, RecursionError):
         return text, None
     if not isinstance(parsed, dict):
         return text, None
