@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from embedding_pipeline.errors import PipelineError
+from embedding_pipeline.errors import IdentityError, PipelineError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +37,17 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted; what was finished is kept, run it again to go on", err=True)
             ctx.exit(130)
+        except Exception as error:
+            if not _is_of_the_database(error):
+                raise
+            click.echo(f"embedding-pipeline: the database said: {error}", err=True)
+            ctx.exit(ERROR)
+
+
+def _is_of_the_database(error: Exception) -> bool:
+    import psycopg
+
+    return isinstance(error, psycopg.Error)
 
 
 _tables = click.option(
@@ -196,6 +207,9 @@ def backfill(
             result = main_job.ColumnResult(file.spec.table, embedding.column)
             try:
                 bound = main_job.bind_column(file.spec, embedding.column)
+                if partitions:
+                    # a partition that is only in the data so far is made known by this
+                    main_job.find_pending(instance, bound, console.print)
                 _refuse_unknown(bound, instance, partitions)
                 _embed(console, instance, job, bound, config, result, partitions)
             except PipelineError as error:
@@ -225,17 +239,34 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
     Tokens and cost are those of every run so far; the last run is when the latest one ended.
     """
     from embedding_pipeline.columns import select
+    from embedding_pipeline.settings import load_settings
     from embedding_pipeline.store.catalogue import bind_columns
     from embedding_pipeline.store.connection import connect
     from embedding_pipeline.store.pending import coverage
+    from embedding_pipeline.store.registry import verify
     from embedding_pipeline.store.results import spent
 
     rows = []
+    problems = []
+    environment = load_settings().embedding_pipeline_environment
     with connect() as connection:
         for file, embeddings in select(_files(), tables, columns):
             wanted = {embedding.column for embedding in embeddings}
-            for column in bind_columns(connection, file.spec):
+            try:
+                bound = bind_columns(connection, file.spec)
+            except PipelineError as error:
+                problems.append(str(error))
+                continue
+            for column in bound:
                 if column.embedding.column not in wanted:
+                    continue
+                try:
+                    verify(connection, column, environment)
+                except IdentityError as error:
+                    # counted by what the YAML says: this is what `--accept-reembed` would mean
+                    click.echo(f"stopped: {error}", err=True)
+                except PipelineError as error:
+                    problems.append(str(error))
                     continue
                 counts = coverage(connection, column)
                 used = spent(connection, column)
@@ -257,6 +288,10 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
                     }
                 )
     _print_rows(rows, as_json)
+    for line in problems:
+        click.echo(f"error: {line}", err=True)
+    if problems:
+        sys.exit(ERROR)
 
 
 @main.command()
@@ -279,7 +314,12 @@ def evaluate(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> No
                 problems.append(f"{file.spec.table}: its YAML names no golden set")
                 continue
             wanted = {embedding.column for embedding in embeddings}
-            for column in bind_columns(connection, file.spec):
+            try:
+                bound = bind_columns(connection, file.spec)
+            except PipelineError as error:
+                problems.append(str(error))
+                continue
+            for column in bound:
                 if column.embedding.column not in wanted:
                     continue
                 try:
@@ -336,6 +376,7 @@ def migrate(
 ) -> None:
     """Bring the database to what the YAML says. Safe on a live table, and to repeat."""
     from embedding_pipeline.columns import select
+    from embedding_pipeline.identity import price, reembedding
     from embedding_pipeline.store import migrate as migrations
     from embedding_pipeline.store.connection import connect
 
@@ -345,9 +386,16 @@ def migrate(
             return
         chosen = select(_files(), tables, [])
         specs = [file.spec for file, _ in chosen]
+        if accept_reembed:
+            for line in reembedding(connection, specs):
+                click.echo(line, err=dry_run)
         if dry_run:
             statements = migrations.plan(
-                connection, specs, accept_reembed=accept_reembed, take_ownership=take_ownership
+                connection,
+                specs,
+                accept_reembed=accept_reembed,
+                take_ownership=take_ownership,
+                cost=price,
             )
             click.echo(migrations.render(statements))
             return
@@ -357,6 +405,7 @@ def migrate(
             report=click.echo,
             accept_reembed=accept_reembed,
             take_ownership=take_ownership,
+            cost=price,
         )
     click.echo(f"{len(statements)} statements executed" if statements else "nothing to do")
 

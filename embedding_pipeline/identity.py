@@ -1,6 +1,8 @@
 """Whether a column may be worked on, and what changing it would cost, in words."""
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +10,13 @@ import psycopg
 from psycopg import sql
 
 from embedding_pipeline.embed_column import make_embedder
-from embedding_pipeline.errors import IdentityError
+from embedding_pipeline.errors import IdentityError, SchemaError
 from embedding_pipeline.settings import load_settings
+from embedding_pipeline.spec import TableSpec
+from embedding_pipeline.store.catalogue import bind_columns
 from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import connect
-from embedding_pipeline.store.registry import verify
+from embedding_pipeline.store.registry import bill_of, verify
 
 SAMPLED_TEXTS = 200
 REMEMBERED_SECONDS = 300.0
@@ -44,6 +48,21 @@ def check_identity(connection: "psycopg.Connection[Any]", column: Column) -> Non
     SchemaError when it is not set up. One query, and a scan only where there is an error to raise.
     """
     verify(connection, column, load_settings().embedding_pipeline_environment, cost=price)
+
+
+def reembedding(
+    connection: "psycopg.Connection[Any]", tables: Sequence[TableSpec]
+) -> Iterator[str]:
+    """A line for each column that accepting its YAML would embed again: rows, tokens, cost."""
+    environment = load_settings().embedding_pipeline_environment
+    for table in tables:
+        # what else is wrong with a table, the migration itself says
+        with suppress(SchemaError):
+            for column in bind_columns(connection, table):
+                try:
+                    verify(connection, column, environment)
+                except IdentityError:
+                    yield f"{column}: {bill_of(connection, column, price)}"
 
 
 @dataclass

@@ -79,6 +79,16 @@ def use_project_instance() -> dg.DagsterInstance:
             f"DAGSTER_HOME is {home!r}, which is not the absolute path of a folder; make it and "
             "copy the project's dagster.yaml there, or unset the variable"
         )
+    separate = load_settings().dagster_database_url
+    if separate is not None:
+        # asked first: Dagster tries for a quarter of a minute and ends with a stack
+        try:
+            with connect(separate.get_secret_value()):
+                pass
+        except PipelineError as error:
+            raise PipelineError(
+                str(error).replace("Check DATABASE_URL", "Check DAGSTER_DATABASE_URL")
+            ) from None
     instance = dg.DagsterInstance.get()
     instance.optimize_for_webserver(STATEMENT_TIMEOUT_MS, RECYCLE_SECONDS, MOST_CONNECTIONS)
     return instance
@@ -282,7 +292,7 @@ def _execute(
     if on_progress is not None:
         LISTENERS.append(on_progress)
     try:
-        return subset.execute_in_process(
+        outcome = subset.execute_in_process(
             instance=instance,
             # the events are for the UI; here the bars and the closing table speak
             run_config={
@@ -295,6 +305,19 @@ def _execute(
     finally:
         if on_progress is not None:
             LISTENERS.remove(on_progress)
+    # Dagster turns Ctrl-C into a failed step; here it ends the command
+    if any(_is_interrupt(event) for event in outcome.all_events):
+        raise KeyboardInterrupt
+    return outcome
+
+
+def _is_interrupt(event: dg.DagsterEvent) -> bool:
+    error = event.step_failure_data.error if event.is_step_failure else None
+    while error is not None:
+        if error.cls_name == dg.DagsterExecutionInterruptedError.__name__:
+            return True
+        error = error.cause
+    return False
 
 
 def _number(figures: Mapping[str, dg.MetadataValue], name: str) -> float:
