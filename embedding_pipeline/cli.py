@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 CHECKS_FAILED, ERROR = 1, 2
 """Exit codes: 0 all well, 1 a check failed, 2 something could not be done."""
 
+PROMISED_SECONDS = 600.0
+"""How long the embedded server waits for whoever asked for its address."""
+
 
 class _Group(click.Group):
     """Shows our own errors as a message and exits with 2; anything else is a defect and raises."""
@@ -382,7 +385,10 @@ def migrate(
 
     with connect() as connection:
         if sql_files:
-            migrations.apply_files(connection, sql_files, report=click.echo)
+            if dry_run:
+                click.echo(migrations.render(migrations.plan_files(connection, sql_files)))
+            else:
+                migrations.apply_files(connection, sql_files, report=click.echo)
             return
         chosen = select(_files(), tables, [])
         specs = [file.spec for file, _ in chosen]
@@ -390,14 +396,20 @@ def migrate(
             for line in reembedding(connection, specs):
                 click.echo(line, err=dry_run)
         if dry_run:
-            statements = migrations.plan(
+            planned = migrations.prepare(
                 connection,
                 specs,
                 accept_reembed=accept_reembed,
                 take_ownership=take_ownership,
                 cost=price,
             )
-            click.echo(migrations.render(statements))
+            click.echo(migrations.render(planned.statements))
+            for warning in planned.warnings:
+                click.echo(f"warning: {warning}", err=True)
+            for problem in planned.problems:
+                click.echo(f"error: {problem}", err=True)
+            if planned.problems:
+                sys.exit(ERROR)
             return
         statements = migrations.migrate(
             connection,
@@ -500,16 +512,51 @@ def _quarantined(row: Any, as_json: bool) -> dict[str, Any]:
     return values | {"last": row.last_at.isoformat(timespec="seconds")}
 
 
+@main.command()
+@click.argument("table")
+@click.argument("column")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def reset(table: str, column: str, yes: bool) -> None:
+    """Throw a column's vectors away and set it up empty, as the YAML has it now.
+
+    One of the ways out when the YAML names another model than the column holds: a column never
+    holds two models' vectors. Every row is pending afterwards.
+    """
+    from embedding_pipeline.columns import select
+    from embedding_pipeline.main_job import bind_column
+    from embedding_pipeline.store import migrate as migrations
+    from embedding_pipeline.store.connection import connect
+
+    [(file, _)] = select(_files(), [table], [column])
+    with connect() as connection:
+        bound = bind_column(file.spec, column)
+        question = f"Drop every vector of {bound}? All its rows will have to be embedded again"
+        if not yes and not click.confirm(question, err=True):
+            raise PipelineError(f"{bound}: nothing was changed")
+        migrations.reset(connection, bound, report=click.echo)
+    click.echo(f"{bound} is empty; embed it with: embedding-pipeline backfill {table} {column}")
+
+
 @main.command("database-url")
 def database_url_command() -> None:
     """Print the connection string in use, starting the embedded server if need be.
 
+    The embedded server then waits ten minutes for somebody to connect, and stays up for as long
+    as somebody is connected.
+
     \b
       psql "$(embedding-pipeline database-url)"
     """
+    from embedding_pipeline.settings import load_settings
     from embedding_pipeline.store.connection import database_url
 
-    click.echo(database_url())
+    url = database_url()
+    settings = load_settings()
+    if settings.database_url is None:
+        from embedding_pipeline.local.postgres import keep_up
+
+        keep_up(settings.embedding_pipeline_home, PROMISED_SECONDS)
+    click.echo(url)
 
 
 @main.command()

@@ -19,6 +19,7 @@ from embedding_pipeline.settings import load_settings
 from embedding_pipeline.spec import EmbeddingSpec
 from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import DatabaseUnreachableError, connect
+from embedding_pipeline.store.indexes import reindex_pending_if_bloated, vacuum
 from embedding_pipeline.store.lease import LAPSE_SECONDS, Lease, LeaseRow, describe_holders
 from embedding_pipeline.store.pending import (
     count_by_partition,
@@ -33,6 +34,8 @@ SAMPLED_TEXTS = 200
 """Pending texts whose tokens are counted for a forecast."""
 REFUSALS_ALWAYS_ALLOWED = 20
 """Below this many a share says nothing: one bad row in a table of ten is 10 %."""
+BULK_ROWS = 10_000
+"""A run that wrote so many rows ends with a VACUUM of the table."""
 ACCOUNTING_SECONDS = 15.0
 """How long a run that is done waits for a database that went away."""
 
@@ -158,7 +161,22 @@ def embed_column(
                 report(f"{column}: what the run did could not be recorded: {other}")
             raise
         remaining = _account(url, column, RunResult(run_id, started, outcome, estimate.cost))
+        if outcome.total.written >= BULK_ROWS:
+            _tidy(url, column, report)
     return ColumnRun(outcome, _among(remaining, lease.partitions), held, estimate.cost)
+
+
+def _tidy(url: str, column: Column, report: Callable[[str], None]) -> None:
+    """What a bulk run owes the table: without it, counting what is pending stays slow.
+
+    Not worth failing a run for: the rows are written, and the next bulk run tidies again.
+    """
+    try:
+        with connect(url) as connection:
+            vacuum(connection, column, report=report)
+            reindex_pending_if_bloated(connection, column, report=report)
+    except (PipelineError, psycopg.Error) as error:
+        report(f"{column}: could not be vacuumed: {str(error).strip()}")
 
 
 def _refuse_unknown(column: Column, partitions: Sequence[str]) -> None:

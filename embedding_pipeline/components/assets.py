@@ -97,7 +97,7 @@ def embedding_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefi
         partitions_def=names.partitions_definition(table),
         backfill_policy=dg.BackfillPolicy.single_run(),
         group_name=table.asset_name,
-        kinds={"postgres", "pgvector", "tei" if embedding.provider == "tei" else "openai"},
+        kinds={"postgres", "pgvector"},
         owners=table.owners,
         pool=f"provider_{embedding.provider}",
         tags={"provider": embedding.provider},
