@@ -30,7 +30,7 @@ dev: $(READY) ## The same parts with the Dagster UI, sensors and schedules on
 	@$(BIN)/embedding-pipeline dev
 
 test: $(READY) ## Every test
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PYTEST_ARGS)
 
 check: $(READY) ## Lint, format and types
 	@$(BIN)/ruff check .

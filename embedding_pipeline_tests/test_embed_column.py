@@ -5,6 +5,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from embedding_pipeline import embed_column as subject
 from embedding_pipeline.backfill import BackfillError, Options
@@ -218,3 +219,24 @@ def test_a_forecast_reads_a_sample_and_counts_tokens(
     assert len(seen.samples) == 3
     assert forecast(database, column, ["a"]).rows == 1000
     assert server.count.requests == 0
+
+
+def test_a_bulk_run_ends_with_a_vacuum(
+    database: str,
+    connection: Connection,
+    column: Column,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Right after a bulk fill, counting nothing read every page of the pending index."""
+    vacuums = "SELECT vacuum_count FROM pg_stat_user_tables WHERE relid = $1"
+    monkeypatch.setattr(subject, "BULK_ROWS", 81)
+    embed_column(database, column, PARTITIONS, Options())
+    connection.execute("SELECT pg_stat_clear_snapshot()")
+    assert connection.execute(vacuums, [column.facts.oid]).fetchone() == (0,)
+
+    clear = sql.SQL("UPDATE {} SET {} = NULL").format(column.relation, column.vector)
+    connection.execute(clear)
+    monkeypatch.setattr(subject, "BULK_ROWS", 80)
+    embed_column(database, column, PARTITIONS, Options())
+    assert wrong_rows(connection, column) == []
+    assert connection.execute(vacuums, [column.facts.oid]).fetchone() == (1,)

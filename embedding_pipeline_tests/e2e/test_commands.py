@@ -66,6 +66,41 @@ def test_a_database_that_is_not_set_up_says_what_to_do(project: Project, folder:
     assert empty.pending("phrases", "embedding_384") == 0
 
 
+def test_migrate_dry_run_applies_nothing_and_hides_nothing(project: Project, folder: Path) -> None:
+    mine = folder / "mine.sql"
+    mine.write_text("CREATE TABLE of_mine (id int);\n")
+    dry = project.run("migrate", "--dry-run", "--file", str(mine))
+    assert dry.code == 0, dry.err
+    assert "CREATE TABLE of_mine" in dry.out
+    assert project.sql("SELECT to_regclass('of_mine')") == [(None,)]
+    for said in ("mine.sql: applied", "applied before"):
+        done = project.run("migrate", "--file", str(mine))
+        assert done.code == 0, done.err
+        assert said in done.out
+    assert project.sql("SELECT count(*) FROM of_mine") == [(0,)]
+    project.sql("DROP TABLE of_mine")
+
+    write_table(folder, "nowhere", text="song", embeddings=[{"column": "v"}])
+    missing = project.run("migrate", "--dry-run", EMBEDDING_PIPELINE_DEFS=str(folder))
+    assert_refused(missing, "nowhere")
+
+
+@pytest.mark.slow
+def test_reset_empties_a_column_and_a_run_fills_it_again(project: Project) -> None:
+    refused = project.run("reset", "lexicon", "embedding_1536")
+    assert refused.code != 0, "without --yes and without a terminal nobody has agreed"
+    assert project.pending("lexicon", "embedding_1536") == 0
+
+    done = project.run("reset", "lexicon", "embedding_1536", "--yes")
+    assert done.code == 0, done.err
+    assert project.sql("SELECT count(*), count(embedding_1536) FROM lexicon") == [(225, 0)]
+    assert project.pending("lexicon", "embedding_1536") == 225
+
+    again = project.run("run", "--table", "lexicon")
+    assert again.code == 0, again.out + again.err
+    assert project.pending("lexicon", "embedding_1536") == 0
+
+
 @pytest.fixture
 def emptied(project: Project) -> Iterator[Project]:
     """`bora_docs` without some of its 384-dim vectors; complete again afterwards."""

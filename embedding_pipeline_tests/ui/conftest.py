@@ -30,6 +30,14 @@ FLAGS = [
 START_SECONDS = 180
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """These tests share one running project."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.xdist_group("ui"))
+            item.add_marker(pytest.mark.timeout(600))
+
+
 @dataclass(frozen=True)
 class Project:
     """A running project: its UI's address, and the environment to run commands in."""
