@@ -14,8 +14,10 @@ from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_expo
 
 from embedding_pipeline.backfill import BackfillError, Counts, Options, Outcome, Progress, backfill
 from embedding_pipeline.embedders import Embedder, create_embedder, load_endpoints
+from embedding_pipeline.embedders.budget import budget_for
 from embedding_pipeline.errors import LeaseError, PipelineError, SpecError
 from embedding_pipeline.settings import load_settings
+from embedding_pipeline.shared_budget import shared_budgets
 from embedding_pipeline.spec import EmbeddingSpec
 from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import DatabaseUnreachableError, connect
@@ -63,8 +65,11 @@ class Forecast:
     samples: list[tuple[tuple[str, ...], str]]
 
 
-def make_embedder(embedding: EmbeddingSpec) -> Embedder:
-    """The embedder that a column's YAML names, not started yet."""
+def make_embedder(embedding: EmbeddingSpec, url: str | None = None) -> Embedder:
+    """The embedder that a column's YAML names, not started yet.
+
+    With a database's `url` it keeps the endpoint's limits together with every other process.
+    """
     endpoints = load_endpoints(load_settings())
     if embedding.provider not in endpoints:
         raise SpecError(
@@ -77,6 +82,7 @@ def make_embedder(embedding: EmbeddingSpec) -> Embedder:
         embedding.dimensions,
         overlong=embedding.overlong,
         prefix=embedding.prefix,
+        budgets=shared_budgets(url) if url else budget_for,
     )
 
 
@@ -204,7 +210,7 @@ async def _backfill(
     most_refused: int,
     on_progress: Callable[[Progress], None] | None,
 ) -> Outcome:
-    embedder = make_embedder(column.embedding)
+    embedder = make_embedder(column.embedding, url)
     try:
         await embedder.start()
         return await backfill(

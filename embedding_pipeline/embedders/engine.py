@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,6 +101,7 @@ class ProviderEmbedder:
         *,
         limiter: Limiter | None = None,
         budget: Budget | None = None,
+        budgets: Callable[[Endpoint], Budget] = budget_for,
         overlong: Overlong = "truncate",
         prefix: str = "",
         counter: TokenCounter | None = None,
@@ -113,6 +114,7 @@ class ProviderEmbedder:
         self.dimensions = dimensions
         self._wire = wire
         self._given = (limiter, budget)
+        self._budgets = budgets
         self._overlong, self._prefix = overlong, prefix
         self._counter = counter
         self._sleep, self._clock = sleep, clock
@@ -159,7 +161,7 @@ class ProviderEmbedder:
             else:
                 limiter, budget = self._given
                 self._limiter = limiter or limiter_for(self.endpoint)
-                self._budget = budget or budget_for(self.endpoint)
+                self._budget = budget or self._budgets(self.endpoint)
                 self._started = True
                 return
 

@@ -1,0 +1,356 @@
+"""One endpoint's limits kept by several processes, through a real database."""
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import psycopg
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedding_pipeline.embedders.budget import SHARE
+from embedding_pipeline.embedders.port import Endpoint
+from embedding_pipeline.shared_budget import SharedBudget
+from embedding_pipeline.store import endpoint_budget as store
+from embedding_pipeline.store.connection import connect
+from embedding_pipeline.store.endpoint_budget import (
+    EndpointKey,
+    Holding,
+    Limits,
+    Shared,
+    allot,
+    fair_places,
+)
+from embedding_pipeline.store.migrate import migrate
+from embedding_pipeline_tests.embedders.load import Load, LoadProcess
+from embedding_pipeline_tests.faults.server import FaultServer, RateLimit
+from embedding_pipeline_tests.sessions import wait_until
+
+Connection = psycopg.Connection[Any]
+
+
+@pytest.fixture
+def url(database: str, connection: Connection) -> str:
+    """A database with the project's tables."""
+    migrate(connection, [])
+    return database
+
+
+def endpoint(**limits: Any) -> Endpoint:
+    return Endpoint(
+        name="limited", dialect="openai", base_url="http://user:secret@127.0.0.1:9/v1", **limits
+    )
+
+
+@pytest.fixture
+def make(url: str) -> Iterator[Callable[..., SharedBudget]]:
+    """Budgets as several processes would have them; closed at the end."""
+    with ExitStack() as opened:
+
+        def budget(**limits: Any) -> SharedBudget:
+            made = SharedBudget(url, endpoint(**limits))
+            opened.callback(made.close)
+            return made
+
+        yield budget
+
+
+# ---- who gets how many places -----------------------------------------------------------------
+
+wants = st.lists(st.integers(0, 60), min_size=1, max_size=8)
+
+
+@given(st.integers(1, 64), wants)
+def test_places_are_shared_fairly_and_none_is_left(ceiling: int, wanted: list[int]) -> None:
+    holders = {f"p{n}": Holding(0, want, 0.0, float(n)) for n, want in enumerate(wanted)}
+    fair = fair_places(ceiling, holders)
+    assert sum(fair.values()) == ceiling
+    for name, each in holders.items():
+        assert fair[name] >= min(max(1, each.wanted), ceiling // len(holders))
+
+
+@settings(max_examples=200)
+@given(
+    st.integers(1, 20),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30), st.booleans()), max_size=60),
+)
+def test_no_order_of_events_passes_the_ceiling(
+    ceiling: int, events: list[tuple[int, int, bool]]
+) -> None:
+    """Processes sync, start requests, end them and die, in any order."""
+    holders: dict[str, Holding] = {}
+    in_flight = dict.fromkeys((f"p{n}" for n in range(5)), 0)
+    for now, (number, wanted, dies) in enumerate(events):
+        name = f"p{number}"
+        if dies:
+            holders.pop(name, None)  # as its lapse does, once what it had sent has ended
+            in_flight[name] = 0
+            continue
+        mine = allot(name, wanted, in_flight[name], ceiling, Shared(now, 0, Limits(), holders))
+        holders = {**holders, name: mine.held}
+        in_flight[name] = min(max(in_flight[name] // 2, wanted), mine.allowed)
+        assert sum(in_flight.values()) <= sum(each.places for each in holders.values()) <= ceiling
+
+
+def test_who_came_first_goes_on_when_there_are_fewer_places_than_processes() -> None:
+    holders = {f"p{n}": Holding(0, 9, 0.0, float(n)) for n in range(5)}
+    assert fair_places(3, holders) == {"p0": 1, "p1": 1, "p2": 1, "p3": 0, "p4": 0}
+
+
+# ---- the timeline -----------------------------------------------------------------------------
+
+
+def test_reservations_follow_each_other_and_need_one_statement(url: str) -> None:
+    key = EndpointKey.of("e", "http://host")
+    with connect(url) as first, connect(url) as second:
+        assert store.reserve(first, key, 100, Limits())[0] == 0
+        begins, _ = store.reserve(second, key, 10, Limits(requests_per_minute=60))
+        assert 95 < begins <= 100
+        begins, learnt = store.reserve(first, key, 1, Limits(tokens_per_minute=7))
+        assert 105 < begins <= 110
+        assert learnt == Limits(60, 7)
+        assert store.reserve(first, EndpointKey.of("f", "http://host"), 1, Limits())[0] == 0
+
+
+def test_limits_learnt_long_ago_are_forgotten(url: str, connection: Connection) -> None:
+    key = EndpointKey.of("e", "http://host")
+    store.reserve(connection, key, 0, Limits(60, 7))
+    connection.execute(
+        "UPDATE embedding_pipeline.endpoint_budget SET learnt_at = now() - interval '2 days'"
+    )
+    assert store.reserve(connection, key, 0, Limits())[1] == Limits()
+
+
+def test_two_processes_together_send_no_more_than_is_allowed(
+    make: Callable[..., SharedBudget],
+) -> None:
+    """Each of two runs kept 3,000 requests a minute, which made 6,000."""
+    budgets = [make(requests_per_minute=3000), make(requests_per_minute=3000)]
+
+    async def main() -> float:
+        began = time.monotonic()
+
+        async def one(budget: SharedBudget) -> None:
+            for _ in range(60):
+                await budget.acquire(1)
+                budget.release(1, 1)
+
+        await asyncio.gather(*map(one, budgets))
+        return time.monotonic() - began
+
+    assert asyncio.run(main()) > 0.85 * 120 / (SHARE * 50)
+
+
+def test_tokens_are_kept_too_and_corrected_by_the_providers_count(
+    make: Callable[..., SharedBudget],
+) -> None:
+    """1,000 tokens a second; what is estimated at 100 turns out to be 50."""
+    budget = make(tokens_per_minute=60_000)
+
+    async def main() -> float:
+        began = time.monotonic()
+        for _ in range(40):
+            await budget.acquire(100)
+            budget.release(100, 50)
+        return time.monotonic() - began
+
+    seconds = asyncio.run(main())
+    assert seconds > 1.5, "2,000 tokens in less than their two seconds"
+
+
+def test_what_one_process_learns_holds_for_all(make: Callable[..., SharedBudget]) -> None:
+    first, second = make(), make()
+
+    async def use(budget: SharedBudget) -> None:
+        await budget.acquire(1)
+        budget.release(1, 1)
+
+    asyncio.run(use(second))
+    assert not second.limits
+    first.learn(6000, 1_000_000)
+    asyncio.run(use(first))
+    wait_until(lambda: bool(second.limits), "the limit to be known to the other process")
+    assert second.limits == Limits(6000, 1_000_000)
+    given = make(requests_per_minute=60)
+    given.learn(6000, None)
+    assert given.limits.requests_per_minute == 60
+
+
+# ---- the ceiling ------------------------------------------------------------------------------
+
+
+def test_the_ceiling_holds_for_all_and_a_newcomer_gets_its_share(
+    make: Callable[..., SharedBudget], url: str
+) -> None:
+    first, second = make(concurrency=4), make(concurrency=4)
+    most = flying = 0
+
+    async def request(budget: SharedBudget) -> None:
+        nonlocal most, flying
+        await budget.acquire(1)
+        flying += 1
+        most = max(most, flying)
+        await asyncio.sleep(0.02)
+        flying -= 1
+        budget.release(1, 1)
+
+    async def main() -> None:
+        alone = [asyncio.create_task(request(first)) for _ in range(200)]
+        await asyncio.sleep(0)
+        together = [asyncio.create_task(request(second)) for _ in range(60)]
+        await asyncio.gather(*together)
+        assert not all(task.done() for task in alone), "the newcomer waited for the first to end"
+        await asyncio.gather(*alone)
+
+    asyncio.run(main())
+    assert most == 4
+    first.close()
+    second.close()
+    with connect(url) as connection:
+        row = connection.execute(
+            "SELECT holders, endpoint, address_hash FROM embedding_pipeline.endpoint_budget"
+        ).fetchall()
+    assert row == [({}, "limited", EndpointKey.of("", endpoint().address).address_hash)]
+
+
+def test_a_cancelled_wait_holds_nothing(make: Callable[..., SharedBudget]) -> None:
+    budget = make(concurrency=1, requests_per_minute=6000)
+
+    async def main() -> None:
+        await budget.acquire(1)
+        waiting = asyncio.create_task(budget.acquire(1))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        budget.release(1, 1)
+        await asyncio.wait_for(budget.acquire(1), 10)
+        budget.release(1, 1)
+
+    asyncio.run(main())
+
+
+# ---- a database that is away ------------------------------------------------------------------
+
+
+def test_without_a_database_each_process_keeps_the_limit_itself_and_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    budget = SharedBudget(
+        "postgresql://nobody:hidden@127.0.0.1:9/none", endpoint(requests_per_minute=3000)
+    )
+
+    async def main() -> float:
+        began = time.monotonic()
+        for _ in range(50):
+            await budget.acquire(1)
+            budget.release(1, 1)
+        return time.monotonic() - began
+
+    with caplog.at_level(logging.WARNING):
+        seconds = asyncio.run(main())
+    budget.close()
+    assert seconds > 0.8
+    assert len(caplog.messages) == 1
+    assert "cannot connect" in caplog.text
+    assert "hidden" not in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_a_database_that_comes_back_is_used_again(
+    url: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedding_pipeline import shared_budget
+
+    monkeypatch.setattr(shared_budget, "RETRY_SECONDS", 0.05)
+    budget = SharedBudget(url, endpoint(requests_per_minute=6000))
+    connection.execute("ALTER TABLE embedding_pipeline.endpoint_budget RENAME TO elsewhere")
+
+    async def use() -> None:
+        await budget.acquire(1)
+        budget.release(1, 1)
+
+    asyncio.run(use())
+    assert budget._away
+    connection.execute("ALTER TABLE embedding_pipeline.elsewhere RENAME TO endpoint_budget")
+    wait_until(lambda: not budget._away, "the database to be used again")
+    asyncio.run(use())
+    budget.close()
+
+
+# ---- real processes ---------------------------------------------------------------------------
+
+
+class Watched(RateLimit):
+    """A rate limit that counts what passed, what was refused and what nobody used."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.passed = self.refused = 0
+        self.unused = 0.0
+
+    def take(self, now: float) -> float:
+        if self.level >= 0:
+            filled = self.level + (now - self.filled_at) * self.per_second
+            self.unused += max(0.0, filled - self.burst)
+        wait = super().take(now)
+        self.passed += wait == 0
+        self.refused += wait > 0
+        return wait
+
+    def restart(self) -> None:
+        self.passed, self.refused, self.unused = 0, 0, 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("headers", [False, True], ids=["from the YAML", "from the headers"])
+def test_three_processes_use_what_one_limit_allows(url: str, headers: bool) -> None:
+    """Three nightly runs on one API key spent a third of their requests on being throttled."""
+    limit = Watched(per_second=20, burst=4, headers=headers)
+    with FaultServer(rate_limit=limit, delay=0.05) as server, ExitStack() as opened:
+        load = Load(server.openai_url, database=url, requests_per_minute=None if headers else 1200)
+        runs = [opened.enter_context(LoadProcess(load)) for _ in range(3)]
+        for run in runs:
+            run.begin()
+        wait_until(lambda: limit.passed >= 60, "the processes to settle", 60)
+        limit.restart()
+        wait_until(lambda: limit.passed >= 160, "eight seconds' worth of requests", 60)
+        passed, refused, unused = limit.passed, limit.refused, limit.unused
+        assert refused < 0.02 * (passed + refused)
+        assert passed >= 0.9 * (passed + unused)
+
+
+@pytest.mark.slow
+def test_three_processes_keep_one_ceiling_and_a_killed_ones_places_are_free(url: str) -> None:
+    """TEI takes 64 inputs at once; three processes with 8 requests of 8 sent 192."""
+    with FaultServer(permits=64, delay=0.05, info={"max_concurrent_requests": 64}) as server:
+        count = server.count
+        load = Load(server.tei_url, dialect="tei", database=url, inputs=8)
+        with ExitStack() as opened:
+            runs = [opened.enter_context(LoadProcess(load)) for _ in range(3)]
+            for run in runs:
+                run.begin()
+            wait_until(lambda: count.most_in_flight == 8, "the ceiling to be reached", 60)
+            with connect(url) as connection:
+                wait_until(lambda: len(places(connection)) == 3, "every process to take part")
+                wait_until(lambda: sorted(places(connection)) == [2, 3, 3], "fair shares")
+                os.kill(runs[0].process.pid, signal.SIGKILL)
+                wait_until(lambda: sorted(places(connection)) == [4, 4], "its places", 60)
+            asked = count.requests
+            count.most_in_flight = 0
+            wait_until(lambda: count.requests >= asked + 200, "200 more requests", 60)
+            assert count.most_in_flight <= 8
+    assert count.statuses[429] == 0
+
+
+def places(connection: Connection) -> list[int]:
+    rows = connection.execute(
+        "SELECT (value ->> 'places')::int FROM embedding_pipeline.endpoint_budget,"
+        " jsonb_each(holders)"
+    )
+    return [row[0] for row in rows]
