@@ -23,6 +23,7 @@ class FirstRun:
     """(asset key as JSON, check, status)"""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Real processes on a busy machine take their time, and share one home."""
     for item in items:

@@ -30,6 +30,7 @@ FLAGS = [
 START_SECONDS = 180
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """These tests share one running project."""
     for item in items:
