@@ -245,12 +245,14 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
     from embedding_pipeline.settings import load_settings
     from embedding_pipeline.store.catalogue import bind_columns
     from embedding_pipeline.store.connection import connect
+    from embedding_pipeline.store.endpoint_state import read_state
     from embedding_pipeline.store.pending import coverage
     from embedding_pipeline.store.registry import verify
     from embedding_pipeline.store.results import spent
 
     rows = []
     problems = []
+    queries = []
     environment = load_settings().embedding_pipeline_environment
     with connect() as connection:
         for file, embeddings in select(_files(), tables, columns):
@@ -260,6 +262,8 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
             except PipelineError as error:
                 problems.append(str(error))
                 continue
+            if (state := read_state(connection, file.spec)) is not None:
+                queries.append(f"queries of {file.spec.table}: {state}")
             for column in bound:
                 if column.embedding.column not in wanted:
                     continue
@@ -291,6 +295,8 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
                     }
                 )
     _print_rows(rows, as_json)
+    for line in [] if as_json else queries:
+        click.echo(line)
     for line in problems:
         click.echo(f"error: {line}", err=True)
     if problems:

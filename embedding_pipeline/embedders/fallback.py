@@ -5,6 +5,7 @@ Never for rows: a column holds one model's vectors, so rows wait for their provi
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -33,6 +34,8 @@ class QueryVector:
     dimensions: int
     fell_back: bool
     """True when it is not the preferred provider's."""
+    column: str | None = None
+    """The column that holds this model's vectors, where the embedder was told."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class FallbackState:
     last_error_at: datetime | None = None
     latency_ms: float | None = None
     """Of the last answer."""
+    column: str | None = None
+    fell_back: bool = False
 
 
 class FallbackEmbedder:
@@ -55,6 +60,9 @@ class FallbackEmbedder:
     the next ones go to the other. Half-open: while open, a query also asks the preferred one,
     with a head start and at most one such probe at a time; as soon as it answers it is active
     again, for this very query if it was quick. Without a `secondary` only the first state exists.
+
+    `columns` are the columns that the two models fill. `on_state` hears of the state after each
+    answer and each failure; it must return at once and raise nothing.
     """
 
     def __init__(
@@ -65,13 +73,18 @@ class FallbackEmbedder:
         query_seconds: float = QUERY_SECONDS,
         head_start_seconds: float = HEAD_START_SECONDS,
         clock: Clock = time.monotonic,
+        columns: tuple[str | None, str | None] = (None, None),
+        on_state: Callable[[FallbackState], None] = lambda _: None,
     ) -> None:
         self._primary, self._secondary = primary, secondary
+        self._columns, self._on_state = columns, on_state
         self._query_seconds, self._head_start = query_seconds, head_start_seconds
         self._clock = clock
         self._open = False
         self._probe: asyncio.Task[QueryVector] | None = None
-        self._state = FallbackState(primary.endpoint.name, primary.model, datetime.now(UTC))
+        self._state = FallbackState(
+            primary.endpoint.name, primary.model, datetime.now(UTC), column=columns[0]
+        )
 
     @property
     def state(self) -> FallbackState:
@@ -84,8 +97,20 @@ class FallbackEmbedder:
         Raises InputError when the query itself is refused (blank, too long for the model), and
         TransientError when nobody answers: then only full-text search is left.
         """
+        try:
+            return await self._embed_query(text)
+        finally:
+            self._on_state(self._state)
+
+    async def _embed_query(self, text: str) -> QueryVector:
         if self._secondary is None:
-            return await self._ask(self._primary, text)
+            try:
+                return await self._ask(self._primary, text)
+            except InputError:
+                raise
+            except EmbedError as error:
+                self._note(error)
+                raise
         if not self._open:
             try:
                 return await self._ask(self._primary, text)
@@ -158,7 +183,12 @@ class FallbackEmbedder:
         self._state = replace(self._state, latency_ms=round(latency, 1))
         vector: np.ndarray[Any, np.dtype[np.float32]] = result.vectors[0]
         return QueryVector(
-            vector, embedder.endpoint.name, embedder.model, embedder.dimensions, fell_back=False
+            vector,
+            embedder.endpoint.name,
+            embedder.model,
+            embedder.dimensions,
+            fell_back=False,
+            column=self._columns[embedder is self._secondary],
         )
 
     def _switch(self, *, opened: bool) -> None:
@@ -171,7 +201,10 @@ class FallbackEmbedder:
             active=active.endpoint.name,
             model=active.model,
             since=datetime.now(UTC),
+            column=self._columns[opened],
+            fell_back=opened,
         )
+        self._on_state(self._state)
 
     def _note(self, error: EmbedError) -> None:
         self._state = replace(self._state, last_error=str(error), last_error_at=datetime.now(UTC))

@@ -1,0 +1,1 @@
+"""Searching embedding columns by meaning."""
