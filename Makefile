@@ -30,7 +30,10 @@ dev: $(READY) ## The same parts with the Dagster UI, sensors and schedules on
 	@$(BIN)/embedding-pipeline dev
 
 test: $(READY) ## Every test
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup \
+		--ignore embedding_pipeline_tests/e2e --ignore embedding_pipeline_tests/ui $(PYTEST_ARGS)
+	@# whole projects, each with servers of its own: one at a time
+	@$(BIN)/python -m pytest embedding_pipeline_tests/e2e embedding_pipeline_tests/ui $(PYTEST_ARGS)
 
 check: $(READY) ## Lint, format and types
 	@$(BIN)/ruff check .
