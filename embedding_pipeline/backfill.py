@@ -164,6 +164,10 @@ class _Memory:
     def __init__(self, dimensions: int) -> None:
         self.most = max(256, REMEMBERED_BYTES // (4 * dimensions))
         self.recent: OrderedDict[UUID, Vector] = OrderedDict()
+        self.unwritten: set[UUID] = set()
+        """On their way to the writer: until they are written nobody else could recall them."""
+        self.page: set[UUID] = set()
+        """Of the page being handed on: what was at hand when it was read must stay so."""
         self.locked: dict[UUID, tuple[Vector, str]] = {}
         """Not written because somebody held the row, and what the row counts as."""
         self.given_up: set[UUID] = set()
@@ -185,7 +189,13 @@ class _Memory:
         self.recent[fingerprint] = vector
         self.recent.move_to_end(fingerprint)
         while len(self.recent) > self.most:
-            self.recent.popitem(last=False)
+            oldest = next(
+                (old for old in self.recent if old not in self.unwritten and old not in self.page),
+                None,
+            )
+            if oldest is None:
+                return
+            del self.recent[oldest]
 
     def keep_locked(self, fingerprint: UUID, vector: Vector, kind: str) -> None:
         if len(self.locked) < self.most:
@@ -325,6 +335,7 @@ class _Run:
         Of texts that this run has paid for and forgotten; with `reuse: true`, of any.
         """
         memory = self.memory
+        memory.page = {row.fingerprint for row in page if row.fingerprint is not None}
         wanted = {
             row.fingerprint
             for row in page
@@ -490,6 +501,7 @@ class _Run:
             elif result.done[index]:
                 # a copy: a view would keep the whole response alive for as long as one row is
                 vector = np.array(result.vectors[index], dtype=np.float32)
+                self.memory.unwritten.add(waiting.fingerprint)
                 self.memory.keep(waiting.fingerprint, vector)
                 for number, (key, row) in enumerate(waiting.rows):
                     self.outcome.partitions[key].truncated += index in truncated
@@ -583,6 +595,8 @@ class _Run:
         for position, item in enumerate(batch):
             counts = self.outcome.partitions[item.partition]
             row = item.row
+            if row.fingerprint is not None:
+                self.memory.unwritten.discard(row.fingerprint)
             if position in result.written:
                 setattr(counts, item.kind, getattr(counts, item.kind) + 1)
                 if row.fingerprint is not None:

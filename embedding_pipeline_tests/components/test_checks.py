@@ -297,7 +297,7 @@ def test_in_an_embedding_run_a_large_table_is_not_scanned(
 ) -> None:
     monkeypatch.setattr(subject, "COUNTED_ROWS", 1000)
     monkeypatch.setattr(subject, "SAMPLED_ROWS", 1000)
-    monkeypatch.setattr(subject, "SAMPLED_KEYS", 200)
+    monkeypatch.setattr(subject, "SAMPLED_KEYS", 2000)
     # nor by the asset itself, which has its own limit
     monkeypatch.setattr("embedding_pipeline.components.assets.COUNTED_ROWS", 1000)
     connection.execute(
