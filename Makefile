@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install run dev test check format lock clean
+.PHONY: help install run dev test bench check format lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ test: $(READY) ## Every test
 		--ignore embedding_pipeline_tests/e2e --ignore embedding_pipeline_tests/ui $(PYTEST_ARGS)
 	@# whole projects, each with servers of its own: one at a time
 	@$(BIN)/python -m pytest embedding_pipeline_tests/e2e embedding_pipeline_tests/ui $(PYTEST_ARGS)
+
+bench: $(READY) ## Benchmarks: tables to the terminal (benchmarks/README.md)
+	@$(BIN)/python -m benchmarks.limited_endpoint
 
 check: $(READY) ## Lint, format and types
 	@$(BIN)/ruff check .

@@ -29,7 +29,7 @@ from embedding_pipeline.store.endpoint_budget import (
 )
 from embedding_pipeline.store.migrate import migrate
 from embedding_pipeline_tests.embedders.load import Load, LoadProcess
-from embedding_pipeline_tests.faults.server import FaultServer, RateLimit
+from embedding_pipeline_tests.faults.server import FaultServer, WatchedRateLimit
 from embedding_pipeline_tests.sessions import wait_until
 
 Connection = psycopg.Connection[Any]
@@ -286,32 +286,11 @@ def test_a_database_that_comes_back_is_used_again(
 # ---- real processes ---------------------------------------------------------------------------
 
 
-class Watched(RateLimit):
-    """A rate limit that counts what passed, what was refused and what nobody used."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.passed = self.refused = 0
-        self.unused = 0.0
-
-    def take(self, now: float) -> float:
-        if self.level >= 0:
-            filled = self.level + (now - self.filled_at) * self.per_second
-            self.unused += max(0.0, filled - self.burst)
-        wait = super().take(now)
-        self.passed += wait == 0
-        self.refused += wait > 0
-        return wait
-
-    def restart(self) -> None:
-        self.passed, self.refused, self.unused = 0, 0, 0.0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("headers", [False, True], ids=["from the YAML", "from the headers"])
 def test_three_processes_use_what_one_limit_allows(url: str, headers: bool) -> None:
     """Three nightly runs on one API key spent a third of their requests on being throttled."""
-    limit = Watched(per_second=20, burst=4, headers=headers)
+    limit = WatchedRateLimit(per_second=20, burst=4, headers=headers)
     with FaultServer(rate_limit=limit, delay=0.05) as server, ExitStack() as opened:
         load = Load(server.openai_url, database=url, requests_per_minute=None if headers else 1200)
         runs = [opened.enter_context(LoadProcess(load)) for _ in range(3)]

@@ -15,9 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from embedding_pipeline.embedders import create_embedder
 from embedding_pipeline.embedders.budget import budget_for
+from embedding_pipeline.embedders.engine import ProviderEmbedder
+from embedding_pipeline.embedders.limiter import Limiter, Sent
+from embedding_pipeline.embedders.openai import OpenAIWire
 from embedding_pipeline.embedders.port import Endpoint
+from embedding_pipeline.embedders.tei import TeiWire
+from embedding_pipeline.embedders.wire import Wire
 from embedding_pipeline.shared_budget import close_all, shared_budgets
 
 FIRST = asyncio.FIRST_COMPLETED
@@ -42,6 +46,25 @@ class Load:
     """`embed` calls at a time."""
     texts: int | None = None
     """Ends by itself after so many."""
+    adaptive: bool = True
+    """False: always `concurrency` requests in flight, as a client without a limiter."""
+
+
+class FixedWindow(Limiter):
+    """No limiter: as many in flight as may be, whatever is answered."""
+
+    def __init__(self, ceiling: int) -> None:
+        super().__init__(ceiling)
+        self.window = self.ceiling
+
+    def succeeded(self, sent: Sent) -> None:
+        self._freed.set()
+
+    def throttled(self, sent: Sent, retry_after: float | None) -> None:
+        self._freed.set()
+
+    def failed(self, retry_after: float | None = None) -> None:
+        self._freed.set()
 
 
 async def work(load: Load) -> dict[str, float]:
@@ -56,7 +79,11 @@ async def work(load: Load) -> dict[str, float]:
         tokens_per_minute=load.tokens_per_minute,
     )
     budgets = shared_budgets(load.database) if load.database else budget_for
-    embedder = create_embedder(endpoint, load.model, load.dimensions, budgets=budgets)
+    wire: Wire = (TeiWire if load.dialect == "tei" else OpenAIWire)(load.model, load.dimensions)
+    limiter = None if load.adaptive else FixedWindow(load.concurrency)
+    embedder = ProviderEmbedder(
+        endpoint, load.model, load.dimensions, wire, limiter=limiter, budgets=budgets
+    )
     await embedder.start()
     loop = asyncio.get_running_loop()
     print("ready", flush=True)

@@ -173,6 +173,27 @@ class RateLimit:
         return (1 - self.level) / self.per_second
 
 
+class WatchedRateLimit(RateLimit):
+    """A rate limit that counts what passed, what was refused and what nobody used."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.passed = self.refused = 0
+        self.unused = 0.0
+
+    def take(self, now: float) -> float:
+        if self.level >= 0:
+            filled = self.level + (now - self.filled_at) * self.per_second
+            self.unused += max(0.0, filled - self.burst)
+        wait = super().take(now)
+        self.passed += wait == 0
+        self.refused += wait > 0
+        return wait
+
+    def restart(self) -> None:
+        self.passed, self.refused, self.unused = 0, 0, 0.0
+
+
 class FaultServer:
     """A server in a thread of its own; a context manager."""
 
