@@ -250,7 +250,7 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
     from embedding_pipeline.store.registry import verify
     from embedding_pipeline.store.results import spent
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     problems = []
     queries = []
     environment = load_settings().embedding_pipeline_environment
@@ -262,8 +262,7 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
             except PipelineError as error:
                 problems.append(str(error))
                 continue
-            if (state := read_state(connection, file.spec)) is not None:
-                queries.append(f"queries of {file.spec.table}: {state}")
+            before = len(rows)
             for column in bound:
                 if column.embedding.column not in wanted:
                     continue
@@ -294,6 +293,8 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
                         and used.last_run_at.isoformat(timespec="seconds"),
                     }
                 )
+            if len(rows) > before and (state := read_state(connection, file.spec)) is not None:
+                queries.append(f"queries of {file.spec.table}: {state}")
     _print_rows(rows, as_json)
     for line in [] if as_json else queries:
         click.echo(line)
@@ -470,6 +471,7 @@ def retry(
     from embedding_pipeline.columns import select
     from embedding_pipeline.store.catalogue import bind_columns
     from embedding_pipeline.store.connection import connect
+    from embedding_pipeline.store.project_schema import require_current
     from embedding_pipeline.store.retry import parse_keys, quarantined_rows
     from embedding_pipeline.store.retry import retry as retry_rows
 
@@ -478,6 +480,7 @@ def retry(
     keys = [key for text in ids for key in parse_keys(text, width)] if ids else None
     only = list(partitions) or None
     with connect() as connection:
+        require_current(connection)
         bound = next(
             each for each in bind_columns(connection, file.spec) if each.embedding.column == column
         )

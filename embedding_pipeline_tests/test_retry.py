@@ -251,3 +251,14 @@ def test_two_columns_of_a_table_are_quarantined_apart(
     refuse(database, connection, eight, ("1",), ("2",))
     assert retry(connection, four).rows == 1
     assert len(quarantined_rows(connection, eight)) == 2
+
+
+@pytest.mark.usefixtures("project")
+def test_a_database_of_an_older_version_is_told_what_to_do(connection: Connection) -> None:
+    """After an update every command said `column q.released_at does not exist`."""
+    connection.execute("DELETE FROM embedding_pipeline.schema_version WHERE version > 1")
+    for arguments in (["retry", "docs", "embedding_4"], ["status", "--table", "docs"]):
+        said = CliRunner().invoke(main, arguments)
+        assert said.exit_code == 2
+        assert "are version 1, this code needs" in said.output
+        assert "embedding-pipeline migrate" in said.output

@@ -38,6 +38,28 @@ def version(connection: Connection) -> int | None:
     return found
 
 
+_current: set[tuple[str, int, str]] = set()
+
+
+def require_current(connection: Connection) -> None:
+    """SchemaError unless the project's tables are those that this code was written for.
+
+    Two queries, once for each database.
+    """
+    where = (connection.info.host, connection.info.port, connection.info.dbname)
+    if where in _current:
+        return
+    found, newest = version(connection), sqlfiles.numbered("project")[-1][0]
+    if not found:
+        raise SchemaError("this database is not set up; run `embedding-pipeline migrate`")
+    if found < newest:
+        raise SchemaError(
+            f"the project's tables in this database are version {found}, this code needs {newest}; "
+            "run `embedding-pipeline migrate`"
+        )
+    _current.add(where)
+
+
 def plan_extension(connection: Connection) -> tuple[list[Statement], str]:
     """The statement that installs pgvector where it is missing, and the schema it is in then."""
     schema = vector_schema(connection)

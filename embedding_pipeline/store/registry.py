@@ -15,7 +15,7 @@ from psycopg import errors, sql
 from psycopg.rows import class_row
 
 from embedding_pipeline.errors import IdentityError, SchemaError
-from embedding_pipeline.store import ddl, sqlfiles
+from embedding_pipeline.store import ddl, project_schema, sqlfiles
 from embedding_pipeline.store.column import BLANKS_SQL, Column
 from embedding_pipeline.store.ddl import Statement
 
@@ -59,17 +59,19 @@ def lookup(connection: Connection, column: Column) -> RegisteredColumn | None:
 def verify(
     connection: Connection, column: Column, environment: str, *, cost: Cost | None = None
 ) -> None:
-    """IdentityError unless the registry says what the YAML says. One query.
+    """IdentityError unless the registry says what the YAML says. One query (three at first).
 
     With `cost`, the error also says how many rows would be embedded again and what that costs;
     that takes a scan of the table, and only when there is an error to raise. Raises SchemaError
-    when the column is not registered (`migrate` has not run).
+    when the column is not registered, or the project's tables are of an older version (`migrate`
+    has not run).
     """
     found = lookup(connection, column)
     if found is None:
         raise SchemaError(
             f"{column} is not set up in this database; run `embedding-pipeline migrate`"
         )
+    project_schema.require_current(connection)
     difference = compare(connection, column, environment, found)
     if difference is not None:
         bill = bill_of(connection, column, cost) if cost and difference.reembeds else None
