@@ -56,6 +56,7 @@ class TestIdentity:
             {"max_quarantined_share": 0.5},
             {"batch_size": 7},
             {"concurrency": 1},
+            {"max_cost": 1.0},
         ],
         ids=str,
     )
@@ -83,8 +84,8 @@ class TestIdentity:
         """A new setting has to be put into one of the two tests above."""
         assert set(EmbeddingSpec.model_fields) == {
             "column", "provider", "baseline", "reuse", "mrr_floor", "baseline_ratio",
-            "recall_floor", "max_pending_minutes", "max_quarantined_share", "batch_size",
-            "concurrency", "model", "dimensions", "prefix", "overlong",
+            "recall_floor", "max_pending_minutes", "max_quarantined_share", "max_cost",
+            "batch_size", "concurrency", "model", "dimensions", "prefix", "overlong",
         }  # fmt: skip
 
     @given(names, names)

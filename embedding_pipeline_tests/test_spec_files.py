@@ -117,8 +117,8 @@ KNOWN_TABLE_KEYS = (
 )
 KNOWN_EMBEDDING_KEYS = (
     "column, dimensions, provider, model, baseline, prefix, overlong, reuse, mrr_floor, "
-    "baseline_ratio, recall_floor, max_pending_minutes, max_quarantined_share, batch_size, "
-    "concurrency"
+    "baseline_ratio, recall_floor, max_pending_minutes, max_quarantined_share, max_cost, "
+    "batch_size, concurrency"
 )
 
 
