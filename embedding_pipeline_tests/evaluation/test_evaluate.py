@@ -291,12 +291,8 @@ def test_rows_equally_near_come_in_the_order_of_their_keys(
     found = evaluate(connection, column, golden(("query 0", [2]), ("query 1", [15])))
     assert [row.key for row in found.results[0].found] == [(0,), (1,), (2,)]
     assert [result.rank for result in found.results] == [3, None]
-    # Which ten of the twenty the index gives is chance; all are as near as the exact ones (by
-    # their keys half of them would be missing). HNSW may still lose one among so many equals.
-    if found.index_recall is None:  # among twenty rows the planner need not choose the index
-        assert found.index_reason
-    else:
-        assert found.index_recall >= 0.9
+    # which ten of the twenty the index gives is chance; all are as near as the exact ones
+    assert found.index_recall == 1.0, found.index_reason
 
 
 def test_fewer_rows_than_ten_are_compared_as_they_are(
