@@ -297,7 +297,8 @@ def test_in_an_embedding_run_a_large_table_is_not_scanned(
 ) -> None:
     monkeypatch.setattr(subject, "COUNTED_ROWS", 1000)
     monkeypatch.setattr(subject, "SAMPLED_ROWS", 1000)
-    monkeypatch.setattr(subject, "SAMPLED_KEYS", 2000)
+    sampled = 2000
+    monkeypatch.setattr(subject, "SAMPLED_KEYS", sampled)
     # nor by the asset itself, which has its own limit
     monkeypatch.setattr("embedding_pipeline.components.assets.COUNTED_ROWS", 1000)
     connection.execute(
@@ -323,4 +324,5 @@ def test_in_an_embedding_run_a_large_table_is_not_scanned(
         "SELECT coalesce(sum(seq_tup_read), 0) FROM pg_stat_user_tables WHERE relname = 'docs'"
     ).fetchone()
     assert row is not None
-    assert row[0] < 2000, "a sample, not the 20,000 rows"
+    # how many rows the sampled pages hold is chance, and the query stops at the sample's size
+    assert 0 < row[0] <= 2 * sampled, "a sample, not the 20,000 rows"

@@ -104,9 +104,15 @@ def fill(connection: Connection, column: Column, vectors: Vectors) -> None:
 
 
 def build_index(connection: Connection, column: Column) -> None:
-    """An HNSW index as the index asset builds it, without its precautions."""
+    """An HNSW index as the index asset builds it, without its precautions.
+
+    CONCURRENTLY, as there: after an update in place, an index built otherwise serves only
+    transactions that began when no older one was open anywhere on the server. (A partitioned
+    table's can only be built so.)
+    """
     connection.execute(
-        sql.SQL("CREATE INDEX {name} ON {relation} USING hnsw ({vector} {opclass})").format(
+        sql.SQL("CREATE INDEX {how} {name} ON {relation} USING hnsw ({vector} {opclass})").format(
+            how=sql.SQL("" if column.facts.is_partitioned else "CONCURRENTLY"),
             name=sql.Identifier(column.hnsw_index),
             relation=column.relation,
             vector=column.vector,

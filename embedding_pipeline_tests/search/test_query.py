@@ -106,10 +106,8 @@ def test_up_down_up_searches_the_column_of_whoever_answered_and_everyone_can_see
     create_docs(connection, 4)
     migrate(connection, [table])
 
-    def recorded() -> RecordedState:
-        state = read_state(connection, table)
-        assert state is not None
-        return state
+    def recorded() -> RecordedState | None:
+        return read_state(connection, table)
 
     async def main() -> None:
         embedder = make_query_embedder(
@@ -135,10 +133,13 @@ def test_up_down_up_searches_the_column_of_whoever_answered_and_everyone_can_see
                 assert answer.fell_back == (phase == "down")
             assert server.count.requests == before + 5
             wait_until(
-                lambda active=answer.endpoint: recorded().active == active,  # type: ignore[misc]
+                lambda active=answer.endpoint: (  # type: ignore[misc]
+                    (seen := recorded()) is not None and seen.active == active
+                ),
                 "the switch to be recorded",
             )
             state = recorded()
+            assert state is not None
             assert (state.column, state.fell_back) == (column, phase == "down")
             assert state.since == embedder.state.since
             if phase == "down":
