@@ -41,6 +41,9 @@ test: $(READY) ## Every test
 	@# whole projects, each with servers of its own: one at a time
 	@$(BIN)/python -m pytest $(PROJECTS) $(PYTEST_ARGS) || $(BIN)/python -m pytest $(PROJECTS) $(AGAIN)
 
+bench: $(READY) ## Measure: every part of benchmarks/ against the floors of the same run (BENCH_ARGS=--quick)
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
 check: $(READY) ## Lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
