@@ -20,6 +20,7 @@ from uuid import UUID
 import numpy as np
 import psycopg
 
+from embedding_pipeline.brakes import Brake, BrakedError, Held, NoBrake, Reservation
 from embedding_pipeline.embedders import Embedder, EmbedError, EmbedResult
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.store.column import Column
@@ -94,6 +95,8 @@ class Outcome:
     seconds: float = 0.0
     stopped: str | None = None
     """Why the run ended before its partitions were empty; None when it did not."""
+    held: Held | None = None
+    """The brake that stopped it, where one did."""
 
     @property
     def total(self) -> Counts:
@@ -223,8 +226,11 @@ class _Run:
         expected: int | None,
         most_refused: int | None,
         on_progress: Callable[[Progress], None] | None,
+        brake: Brake,
     ) -> None:
         self.url, self.column, self.embedder, self.options = url, column, embedder, options
+        self.brake = brake
+        self.asking = 0
         self.check, self.expected, self.most_refused = check, expected, most_refused
         self.on_progress = on_progress
         self.outcome = Outcome({key: Counts() for key in partitions})
@@ -290,6 +296,9 @@ class _Run:
         found = False
         while not (self.failure or self.outcome.stopped):
             self.check()
+            if (held := await self.brake.look()) is not None:
+                self._halt(held)
+                break
             most = self.page_rows
             if self.options.limit is not None:
                 most = min(most, self.options.limit - self.outcome.total.read)
@@ -387,7 +396,7 @@ class _Run:
     async def _embed_later(
         self, partition: str, key: tuple[str, ...], fingerprint: UUID, text: str
     ) -> None:
-        if self.too_dear:
+        if self.too_dear or self.outcome.held:
             return
         self._count_read(partition)
         waiting = self.flying.get(fingerprint)
@@ -406,6 +415,9 @@ class _Run:
         """Queue the batch that was being filled, as far as its cost may not pass the cap."""
         batch, self.batch = self.batch, _Batch()
         waiting = batch.inputs
+        if self.outcome.held:
+            await self._abandon(waiting)
+            return
         while waiting:
             afforded = await self._affordable(waiting)
             if not afforded.inputs:
@@ -473,16 +485,55 @@ class _Run:
                 await self._fail(error)
 
     async def _embed(self, batch: _Batch) -> None:
-        if self.failure is not None:
+        reservation = None
+        if self.failure is None and self.outcome.held is None:
+            reservation = await self._reserve(batch)
+        if reservation is None:
+            self.reserved_tokens -= batch.tokens
+            self.batches_out -= 1
             await self._abandon(batch.inputs)
             return
+        self.asking += 1
+        cost = 0.0
         try:
             result = await self.embedder.embed([item.text for item in batch.inputs])
+            cost = self.embedder.cost(result.tokens)
         except EmbedError as error:
             if error.partial is not None:
+                cost = self.embedder.cost(error.partial.tokens)
                 await self._take(batch, error.partial)
             raise
+        finally:
+            self.asking -= 1
+            self.brake.settle(reservation, cost)
         await self._take(batch, result)
+
+    async def _reserve(self, batch: _Batch) -> Reservation | None:
+        """Leave to send a batch; None when a brake, or a failure meanwhile, stops the run.
+
+        What requests in flight turn out not to cost may make room for it, so they are waited for.
+        """
+        most = 0.0
+        if self.embedder.cost(1_000_000):
+            tokens = sum(self.embedder.most_tokens(waiting.text) for waiting in batch.inputs)
+            most = self.embedder.cost(tokens)
+        while self.failure is None and self.outcome.held is None:
+            try:
+                return await self.brake.reserve(most)
+            except BrakedError as braked:
+                if not braked.may_ease:
+                    self._halt(braked.held)
+                elif self.asking:
+                    await self._wait_until(partial(self._fewer_asking, self.asking))
+        return None
+
+    def _fewer_asking(self, before: int) -> bool:
+        return self.asking < before
+
+    def _halt(self, held: Held) -> None:
+        """Send and read nothing more; what is in flight is still written."""
+        self.outcome.held = held
+        self.outcome.stopped = held.reason
 
     async def _take(self, batch: _Batch, result: EmbedResult) -> None:
         """Hand vectors and refusals to the writer; what is neither stays pending."""
@@ -650,6 +701,7 @@ class _Run:
             for task in (reporter, writer, *workers):
                 task.cancel()
             await asyncio.gather(reporter, writer, *workers, return_exceptions=True)
+            await self.brake.close()
             self.outcome.seconds = time.monotonic() - self.started
         self._report()
         if self.failure is not None:
@@ -678,11 +730,12 @@ async def backfill(
     expected: int | None = None,
     most_refused: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    brake: Brake | None = None,
 ) -> Outcome:
     """Bring the pending rows of some partitions of a column up to date.
 
     Args:
-        url: Postgres connection string; two connections are used.
+        url: Postgres connection string; two connections are used, and the brake's.
         column: the column, bound to its table.
         partitions: partition keys; rows of others are not touched.
         embedder: gives float32 vectors of the column's width; started already, closed by the
@@ -691,6 +744,8 @@ async def backfill(
         expected: how many rows are pending, for the progress report.
         most_refused: the run stops once it has quarantined more rows than this.
         on_progress: called every `PROGRESS_SECONDS` and at the end.
+        brake: asked before each page and each request; once it holds the run back, nothing more
+            is sent, what is in flight is written, and `Outcome.held` says why.
 
     Raises BackfillError when the run had to stop (the provider gave up, the database went away,
     the lease was lost): everything finished by then is written, and the error carries its counts.
@@ -705,6 +760,7 @@ async def backfill(
         expected,
         most_refused,
         on_progress,
+        brake or NoBrake(),
     )
     return await run.run()
 

@@ -13,6 +13,7 @@ import psycopg
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from embedding_pipeline.backfill import BackfillError, Counts, Options, Outcome, Progress, backfill
+from embedding_pipeline.brakes import RunBrake, daily_caps, held_back
 from embedding_pipeline.embedders import Embedder, create_embedder, load_endpoints
 from embedding_pipeline.embedders.budget import budget_for
 from embedding_pipeline.errors import LeaseError, PipelineError, SpecError
@@ -140,6 +141,12 @@ def embed_column(
             note_pending(connection, column, bool(counts))
             report(f"{column}: nothing is pending")
             return ColumnRun(Outcome({key: Counts() for key in partitions}), {}, {}, 0.0)
+        held_by = held_back(connection, column)
+        if held_by is not None:
+            report(f"{column}: nothing is embedded: {held_by}")
+            idle = Outcome({key: Counts() for key in partitions}, stopped=str(held_by))
+            idle.held = held_by
+            return ColumnRun(idle, pending, {}, 0.0)
         estimate = _forecast(connection, column, pending)
         most_refused = _most_refused(connection, column)
     report(
@@ -211,6 +218,8 @@ async def _backfill(
     on_progress: Callable[[Progress], None] | None,
 ) -> Outcome:
     embedder = make_embedder(column.embedding, url)
+    settings = load_settings()
+    caps = daily_caps(column.embedding, settings, load_endpoints(settings))
     try:
         await embedder.start()
         return await backfill(
@@ -223,6 +232,7 @@ async def _backfill(
             expected=expected,
             most_refused=most_refused,
             on_progress=on_progress,
+            brake=RunBrake(url, column, caps),
         )
     finally:
         await embedder.aclose()

@@ -27,6 +27,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from embedding_pipeline.clock import time_of_day, time_zone
 from embedding_pipeline.errors import SettingsError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +83,12 @@ class Settings(BaseSettings):
     use_vector_1536: bool = False
     similarity_threshold: float = Field(0.0, ge=-1.0, le=1.0)
     alert_urls: SecretStr | None = None
+    embedding_daily_cost_cap: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """US dollars that all runs of all providers together spend in a day, at most."""
+    nightly_at: str = "02:00"
+    """When the nightly schedule starts, on the clock of `nightly_timezone`."""
+    nightly_timezone: str = "UTC"
+    """An IANA name; also where a day of the cost caps begins."""
 
     embedding_pipeline_home: Path = PROJECT_ROOT / ".local"
     embedding_pipeline_defs: Path | None = None
@@ -104,6 +111,16 @@ class Settings(BaseSettings):
             # not shown: an address may carry a password, and a key may be pasted here by mistake
             raise ValueError("must start with http:// or https:// (its value is not shown)")
         return value.rstrip("/")
+
+    @field_validator("nightly_at")
+    @classmethod
+    def _is_a_time(cls, value: str) -> str:
+        return time_of_day(value)
+
+    @field_validator("nightly_timezone")
+    @classmethod
+    def _is_a_zone(cls, value: str) -> str:
+        return time_zone(value)
 
     @field_validator("embedding_pipeline_home", "embedding_pipeline_defs")
     @classmethod

@@ -28,6 +28,9 @@ EVERY_VARIABLE = {
     "USE_VECTOR_1536": "true",
     "SIMILARITY_THRESHOLD": "0.4",
     "ALERT_URLS": f"slack://{SECRET}",
+    "EMBEDDING_DAILY_COST_CAP": "12.5",
+    "NIGHTLY_AT": "03:30",
+    "NIGHTLY_TIMEZONE": "Europe/Madrid",
     "EMBEDDING_PIPELINE_HOME": "/var/lib/embedding-pipeline",
     "EMBEDDING_PIPELINE_DEFS": "/etc/embedding-pipeline",
     "EMBEDDING_PIPELINE_ENVIRONMENT": "staging",
@@ -38,6 +41,7 @@ NOT_SECRET = {
     "EMBEDDING_PIPELINE_DEFS",
     "EMBEDDING_PIPELINE_ENVIRONMENT",
     "EMBEDDING_PIPELINE_HOME",
+    "NIGHTLY_TIMEZONE",
 }
 """Shown as they are: models, folders and the environment's name are what messages are about."""
 
@@ -175,6 +179,13 @@ def test_a_key_that_merely_happens_to_be_set_switches_nothing_on(environment: En
         ("SIMILARITY_THRESHOLD", "high", "must be a number"),
         ("SIMILARITY_THRESHOLD", "1.5", "must be less than or equal to 1"),
         ("SIMILARITY_THRESHOLD", "nan", "must be "),
+        ("EMBEDDING_DAILY_COST_CAP", "much", "must be a number"),
+        ("EMBEDDING_DAILY_COST_CAP", "-1", "must be greater than or equal to 0"),
+        ("EMBEDDING_DAILY_COST_CAP", "inf", "must be "),
+        ("NIGHTLY_AT", "2:00", 'must be a time of day from "00:00" to "23:59"'),
+        ("NIGHTLY_AT", "24:00", 'must be a time of day from "00:00" to "23:59"'),
+        ("NIGHTLY_TIMEZONE", "Madrid", "'Madrid' is no time zone; write an IANA name such as Eur"),
+        ("NIGHTLY_TIMEZONE", "CEST", "'CEST' is no time zone"),
         ("EMBEDDING_PIPELINE_ENVIRONMENT", "my laptop", "must be 1 to 63 letters, digits"),
     ],
 )

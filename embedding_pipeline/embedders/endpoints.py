@@ -79,6 +79,7 @@ class _ProviderEntry(BaseModel):
     max_tokens_per_request: Count | None = None
     max_bytes_per_request: Count | None = None
     price_per_million_tokens: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    daily_cost_cap: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     concurrency: Count | None = None
     requests_per_minute: Count | None = None
     tokens_per_minute: Count | None = None

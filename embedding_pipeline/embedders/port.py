@@ -31,6 +31,8 @@ class Endpoint:
     max_bytes_per_request: int = 8_000_000
     price_per_million_tokens: dict[str, float] = field(default_factory=dict)
     """US dollars by model."""
+    daily_cost_cap: float | None = None
+    """US dollars that all runs together spend here in a day, at most."""
     concurrency: int = 32
     """Most requests in flight; the limiter finds out how many of them pay."""
     requests_per_minute: int | None = None

@@ -28,7 +28,7 @@ from embedding_pipeline.store.connection import connect
 Value = TypeVar("Value")
 
 SETTINGS = re.compile(
-    r"EMBEDDING_|OPENAI_|DAGSTER_|DATABASE_URL|POSTGRES_URL|USE_|SIMILARITY_|ALERT_"
+    r"EMBEDDING_|OPENAI_|DAGSTER_|DATABASE_URL|POSTGRES_URL|USE_|SIMILARITY_|ALERT_|NIGHTLY_"
 )
 """Variables that a test must not inherit from the machine it runs on."""
 
