@@ -100,7 +100,7 @@ def test_a_pause_in_mid_run_stops_it_at_the_next_request_and_loses_nothing(
             with connect(database) as other:
                 pause(other, column.facts, None, by="anna", reason="the disk is full")
 
-    server.rule = pause_at_the_fifth  # type: ignore[assignment]
+    server.rule = pause_at_the_fifth
 
     run = embed(database, column)
 
