@@ -1,12 +1,16 @@
 """The compare-and-swap write: vectors reach only the rows whose text still calls for them.
 
-Vectors go by binary COPY into a temporary table; the rows still wanted are locked in key order
-with SKIP LOCKED, so that we neither wait for a user nor deadlock with one; one UPDATE writes
-those whose expected fingerprint is still the staged one. A transaction lasts one batch, and the
-batch's size adapts so that it holds row locks for at most `TARGET_SECONDS`.
+A batch is one statement. Its keys, fingerprints and vectors are parameters, arrays in binary: the
+rows still wanted are locked in key order with SKIP LOCKED, so that we neither wait for a user nor
+deadlock with one, and those whose expected fingerprint is still the staged one are updated. A
+transaction lasts one batch, and the batch's size adapts so that it holds row locks for at most
+`TARGET_SECONDS`.
+
+Measured beside COPY into a temporary table and an UPDATE from it (1536 dimensions, 128 rows a
+batch): a quarter less of the server's CPU, because no vector is written twice; a round trip
+instead of three; no entries in the catalogue, and no TEMP privilege.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +19,25 @@ from uuid import UUID
 import numpy as np
 import psycopg
 from psycopg import sql
+from psycopg.adapt import Dumper
+from psycopg.pq import Format
 
 from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.quarantine import json_key
 
 TARGET_SECONDS = 0.1
-SMALLEST_BATCH, LARGEST_BATCH = 16, 2000
+SMALLEST_BATCH, LARGEST_BATCH = 16, 512
+"""Rows a batch. More than the largest gains nothing: a batch of 512 costs 2 % more a row than one
+of 2,000, and everything in it waits four times as long to be written."""
 
 
 @dataclass(frozen=True, slots=True)
 class StagedRow:
-    """A key with its new vector (float32, the column's width) and fingerprint; None clears it."""
+    """A key, the fingerprint that its text must still call for, and what to write then.
+
+    With a vector (float32, the column's width) vector and fingerprint are written; without one
+    both are cleared: the text is not eligible any more (no fingerprint), or was refused.
+    """
 
     key: tuple[str, ...]
     fingerprint: UUID | None
@@ -37,12 +49,15 @@ class Written:
     """What became of a batch, as positions in it; together they are the whole batch."""
 
     written: frozenset[int]
+    """Rows that are now as they should be, because of us."""
     superseded: frozenset[int]
-    """Rows whose text changed meanwhile (they stay pending), or that somebody else brought up."""
+    """Rows whose text changed meanwhile; they stay pending."""
     locked: frozenset[int]
     """Rows that somebody holds; they stay pending."""
     gone: frozenset[int]
     """Rows deleted or re-keyed meanwhile."""
+    unchanged: frozenset[int] = frozenset()
+    """Rows that were as they should be already: somebody else brought them up."""
 
 
 class Writer:
@@ -51,7 +66,8 @@ class Writer:
     def __init__(self, column: Column) -> None:
         self.column = column
         self.batch_rows = 128
-        self._prepare, self._copy, self._write, self._existing = _statements(column)
+        self._write, self._existing = _statements(column)
+        self._vector_oid: int | None = None
 
     async def write(
         self, connection: "psycopg.AsyncConnection[Any]", rows: Sequence[StagedRow]
@@ -61,22 +77,37 @@ class Writer:
         Raises psycopg errors as they are; none leaves anything half-written, and repeating the
         batch is harmless.
         """
+        connection.adapters.register_dumper(_Binary, _BinaryDumper)
+        if self._vector_oid is None:
+            self._vector_oid = await self._find_vector_oid(connection)
+        keys = [
+            _array(_TEXT, [row.key[i].encode() for row in rows]) for i in range(len(rows[0].key))
+        ]
+        expected = _array(
+            _UUID, [row.fingerprint.bytes if row.fingerprint else None for row in rows]
+        )
+        vectors = _vectors(self._vector_oid, [row.vector for row in rows])
         async with connection.transaction():
-            await connection.execute(self._prepare)
-            async with connection.cursor() as cursor, cursor.copy(self._copy) as copy:
-                await copy.write(_binary_rows(rows))
-            locking = time.perf_counter()
-            result = await (await connection.execute(self._write)).fetchone()
+            await connection.execute(_PLANNER)
+            parameters = [*keys, expected, vectors]
+            result = await (await connection.execute(self._write, parameters)).fetchone()
             assert result is not None
-            held, written = map(frozenset, result)
+            held, wanted, written = map(frozenset, result[:3])
             free = frozenset(range(len(rows))) - held
             existing: frozenset[int] = frozenset()
             if free:
-                found = await (await connection.execute(self._existing)).fetchone()
+                found = await (await connection.execute(self._existing, keys)).fetchone()
                 assert found is not None
                 existing = frozenset(found[0])
-        self._adapt(len(rows), time.perf_counter() - locking)
-        return Written(written, held - written, free & existing, free - existing)
+        self._adapt(len(rows), result[3])
+        return Written(written, held - wanted, free & existing, free - existing, wanted - written)
+
+    async def _find_vector_oid(self, connection: "psycopg.AsyncConnection[Any]") -> int:
+        """An array names its elements' type, and an extension's oid differs between databases."""
+        name = sql.Identifier(self.column.facts.vector_schema, "vector").as_string(connection)
+        row = await (await connection.execute("SELECT $1::text::regtype::oid", [name])).fetchone()
+        assert row is not None
+        return int(row[0])
 
     def _adapt(self, rows: int, seconds: float) -> None:
         """Shrink when locks were held too long; grow at most twofold, from full batches only."""
@@ -87,90 +118,137 @@ class Writer:
             self.batch_rows = min(LARGEST_BATCH, fitting, self.batch_rows * 2)
 
 
-def _statements(
-    column: Column,
-) -> tuple[sql.Composed, sql.Composed, sql.Composed, sql.Composed]:
-    keys = column.table.key_columns
-    staged_keys = [sql.Identifier(f"staged_key_{i}") for i in range(len(keys))]
+_PLANNER = sql.SQL(
+    "SELECT set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true),"
+    " set_config('enable_mergejoin', 'off', true), set_config('enable_bitmapscan', 'off', true)"
+)
+"""For the transaction: left to itself the planner, which knows little of a table that is just being
+filled, reads all of it for a batch's few keys."""
 
-    def same_key(staged: str) -> sql.Composable:
+
+def _statements(column: Column) -> tuple[sql.Composed, sql.Composed]:
+    """The write and the question which rows exist; keys are parameters $1 to $n (text[]), for the
+    write the expected fingerprints (uuid[]) and the vectors (vector[]) follow."""
+    names = column.table.key_columns
+    keys = [sql.SQL("${}::text[]").format(sql.SQL(str(i + 1))) for i in range(len(names))]
+    fingerprints = sql.SQL("(${}::uuid[])").format(sql.SQL(str(len(names) + 1)))
+    vectors = sql.SQL("(${}::{}[])").format(
+        sql.SQL(str(len(names) + 2)), sql.Identifier(column.facts.vector_schema, "vector")
+    )
+    staged_keys = [sql.Identifier(f"staged_key_{i}") for i in range(len(names))]
+    # an element of an array is found by walking past those before it: for 512 of 6 kB a
+    # thousandth of what writing them takes, and no vector is copied into a tuple store
+    staged = sql.SQL("unnest({keys}) WITH ORDINALITY AS staged({names}, staged_position)").format(
+        keys=sql.SQL(", ").join(keys), names=sql.SQL(", ").join(staged_keys)
+    )
+
+    def same_key(values: Sequence[sql.Composable]) -> sql.Composable:
         return sql.SQL(" AND ").join(
-            sql.SQL("t.{} = {}.{}::{}").format(
-                sql.Identifier(name), sql.Identifier(staged), key, sql.SQL(type_)
-            )
-            for name, key, type_ in zip(keys, staged_keys, column.key_types, strict=True)
+            sql.SQL("t.{} = ({})::{}").format(sql.Identifier(name), value, sql.SQL(type_))
+            for name, value, type_ in zip(names, values, column.key_types, strict=True)
         )
 
-    # nothing is known of a temporary table's size: left to itself the planner reads all of a
-    # large table for a batch's few keys
-    prepare = sql.SQL(
-        "SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off;"
-        " SET LOCAL enable_mergejoin = off; SET LOCAL enable_bitmapscan = off;"
-        " CREATE TEMPORARY TABLE embedding_pipeline_staged (staged_position int, {keys},"
-        " staged_fingerprint uuid, staged_vector {vector_type}) ON COMMIT DROP"
-    ).format(
-        keys=sql.SQL(", ").join(sql.SQL("{} text").format(key) for key in staged_keys),
-        vector_type=column.vector_type,
-    )
-    copy = sql.SQL("COPY pg_temp.embedding_pipeline_staged FROM STDIN (FORMAT BINARY)").format()
-    # one order of locks for all: two of our own writers never wait for each other crosswise
+    def staged_value(array: sql.Composable) -> sql.Composable:
+        return sql.SQL("{}[held.staged_position]").format(array)
+
+    same_as_staged = same_key([sql.SQL("staged.{}").format(key) for key in staged_keys])
+    # one order of locks for all: two of our own writers never wait for each other crosswise.
+    # A row that is held is looked at as it is now and cannot change until we are done with it
     write = sql.SQL(
         "WITH held AS MATERIALIZED ("
-        " SELECT s.* FROM {relation} AS t"
-        "  JOIN pg_temp.embedding_pipeline_staged AS s ON {same_as_staged}"
+        " SELECT staged.staged_position::int,"
+        "  {expected} IS NOT DISTINCT FROM {fingerprints}[staged.staged_position::int] AS wanted"
+        "  FROM {relation} AS t JOIN {staged} ON {same_as_staged}"
         "  ORDER BY {order} FOR NO KEY UPDATE OF t SKIP LOCKED),"
         " written AS ("
-        "  UPDATE {relation} AS t SET {vector} = held.staged_vector,"
-        "   {fingerprint} = held.staged_fingerprint FROM held"
-        "  WHERE {same_as_held} AND {expected} IS NOT DISTINCT FROM held.staged_fingerprint"
-        "   AND {pending} RETURNING held.staged_position)"
-        " SELECT (SELECT coalesce(array_agg(staged_position), '{{}}') FROM held),"
-        "  (SELECT coalesce(array_agg(staged_position), '{{}}') FROM written)"
+        "  UPDATE {relation} AS t SET {vector} = {new_vector}, {fingerprint} = {new_fingerprint}"
+        "  FROM held WHERE held.wanted AND {same_as_held} AND"
+        "  (t.{fingerprint} IS DISTINCT FROM {new_fingerprint}"
+        "   OR (t.{vector} IS NULL) <> ({new_vector} IS NULL))"
+        "  RETURNING held.staged_position)"
+        " SELECT (SELECT coalesce(array_agg(staged_position - 1), '{{}}') FROM held),"
+        "  (SELECT coalesce(array_agg(staged_position - 1), '{{}}') FROM held WHERE wanted),"
+        "  (SELECT coalesce(array_agg(staged_position - 1), '{{}}') FROM written),"
+        # of the server's own clock: a slow line to it holds no locks
+        "  extract(epoch FROM clock_timestamp() - statement_timestamp())::float8"
     ).format(
         relation=column.relation,
-        same_as_staged=same_key("s"),
-        same_as_held=same_key("held"),
-        order=sql.SQL(", ").join(sql.SQL("t.{}").format(sql.Identifier(name)) for name in keys),
+        staged=staged,
+        same_as_staged=same_as_staged,
+        same_as_held=same_key([staged_value(sql.SQL("({})").format(key)) for key in keys]),
+        order=sql.SQL(", ").join(sql.SQL("t.{}").format(sql.Identifier(name)) for name in names),
         vector=column.vector,
         fingerprint=column.fingerprint,
         expected=column.expected,
-        pending=column.pending,
+        fingerprints=fingerprints,
+        new_vector=staged_value(vectors),
+        new_fingerprint=sql.SQL("CASE WHEN {} IS NOT NULL THEN {} END").format(
+            staged_value(vectors), staged_value(fingerprints)
+        ),
     )
     existing = sql.SQL(
-        "SELECT coalesce(array_agg(s.staged_position), '{{}}')"
-        " FROM pg_temp.embedding_pipeline_staged AS s JOIN {relation} AS t ON {same_key}"
-    ).format(relation=column.relation, same_key=same_key("s"))
-    return prepare, copy, write, existing
+        "SELECT coalesce(array_agg(staged.staged_position - 1), '{{}}')"
+        " FROM {staged} JOIN {relation} AS t ON {same_key}"
+    ).format(staged=staged, relation=column.relation, same_key=same_as_staged)
+    return write, existing
 
 
-_SIGNATURE = b"PGCOPY\n\xff\r\n\0" + b"\0" * 8
-_TRAILER = b"\xff\xff"
+_TEXT, _UUID = 25, 2950
+"""Type oids, fixed by PostgreSQL's catalogue."""
 _NULL = b"\xff\xff\xff\xff"
 
 
-def _binary_rows(rows: Sequence[StagedRow]) -> bytes:
-    """A whole binary COPY stream (PostgreSQL manual, "COPY", Binary Format).
+class _Binary:
+    """A parameter in its binary form, whose type the statement's cast says."""
 
-    A `vector` is int16 dimensions, int16 unused, then big-endian float4 (pgvector, vector_send).
-    Built here rather than through per-value dumpers: those cost more than the COPY itself.
-    """
-    parts: list[bytes] = [_SIGNATURE]
-    for position, row in enumerate(rows):
-        parts.append((3 + len(row.key)).to_bytes(2, "big"))
-        parts.append(b"\0\0\0\4" + position.to_bytes(4, "big"))
-        for value in row.key:
-            raw = value.encode()
-            parts.append(len(raw).to_bytes(4, "big") + raw)
-        if row.fingerprint is None or row.vector is None:
-            parts.append(_NULL + _NULL)
-        else:
-            data = row.vector.astype(">f4").tobytes()
-            parts.append(b"\0\0\0\x10" + row.fingerprint.bytes)
-            parts.append((4 + len(data)).to_bytes(4, "big"))
-            parts.append((len(data) // 4).to_bytes(2, "big") + b"\0\0")
-            parts.append(data)
-    parts.append(_TRAILER)
-    return b"".join(parts)
+    __slots__ = ("data",)
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+
+class _BinaryDumper(Dumper):
+    format = Format.BINARY
+
+    def dump(self, obj: _Binary) -> bytes:
+        return obj.data
+
+
+def _array(element_oid: int, values: Sequence[bytes | None]) -> _Binary:
+    """A one-dimensional array of values in their binary form (array_recv): dimensions, whether
+    there are NULLs, the elements' type, length and lower bound, then each with its length."""
+    parts = [_array_head(element_oid, len(values), None in values)]
+    for value in values:
+        parts.append(_NULL if value is None else len(value).to_bytes(4, "big") + value)
+    return _Binary(b"".join(parts))
+
+
+def _array_head(element_oid: int, length: int, nulls: bool) -> bytes:
+    return b"".join(n.to_bytes(4, "big") for n in (1, nulls, element_oid, length, 1))
+
+
+def _vectors(
+    element_oid: int, vectors: "Sequence[np.ndarray[Any, np.dtype[np.float32]] | None]"
+) -> _Binary:
+    """The same for vectors: int16 dimensions, int16 unused, then big-endian float4 (pgvector's
+    vector_send). In one piece where every row has one: value by value costs more than sending."""
+    given = [vector for vector in vectors if vector is not None]
+    widths = {len(vector) for vector in given}
+    if len(given) < len(vectors) or len(widths) != 1:
+        return _array(element_oid, [None if v is None else _vector_bytes(v) for v in vectors])
+    (width,) = widths
+    wire = np.empty(
+        len(given),
+        np.dtype([("bytes", ">i4"), ("width", ">i2"), ("unused", ">i2"), ("x", ">f4", (width,))]),
+    )
+    wire["bytes"], wire["width"], wire["unused"] = 4 + 4 * width, width, 0
+    for position, vector in enumerate(given):
+        wire["x"][position] = vector
+    return _Binary(_array_head(element_oid, len(given), nulls=False) + wire.tobytes())
+
+
+def _vector_bytes(vector: "np.ndarray[Any, np.dtype[np.float32]]") -> bytes:
+    return len(vector).to_bytes(2, "big") + b"\0\0" + vector.astype(">f4").tobytes()
 
 
 def stored_vectors_query(column: Column, *, by_key: bool) -> sql.Composed:
@@ -225,5 +303,5 @@ async def stored_vectors(
 
 
 def _vector(data: bytes) -> "np.ndarray[Any, np.dtype[np.float32]]":
-    """A `vector` from its binary form, see `_binary_rows`."""
+    """A `vector` from its binary form, see `_vectors`."""
     return np.frombuffer(data, dtype=">f4", offset=4).astype(np.float32)

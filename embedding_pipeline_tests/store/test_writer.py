@@ -161,7 +161,7 @@ def test_a_row_that_is_current_already_is_not_written_again(
 
     again = [StagedRow(rows[0].key, rows[0].fingerprint, vector(9))]
 
-    assert write(database, column, again).superseded == positions(0)
+    assert write(database, column, again).unchanged == positions(0)
     assert stored(connection, 1)[0] == [1.0] * 4
     assert connection.execute("SELECT ctid::text FROM docs WHERE id = 1").fetchone() == before
 
@@ -263,6 +263,42 @@ def test_keys_of_every_kind(
     assert result.written == positions(0)
 
 
+def test_a_refused_text_takes_the_vector_of_the_text_before_with_it(
+    database: str, connection: Connection, column: Column
+) -> None:
+    """A row was edited and the provider refuses its new text: search went on finding the row by
+    words that it no longer has."""
+    fill(connection, column)
+    connection.execute("UPDATE docs SET body = 'edited' WHERE id <= 3")
+    connection.execute(
+        "UPDATE docs SET embedding_4 = NULL, embedding_4_fingerprint = NULL WHERE id = 3"
+    )
+    known = fingerprints(connection, column)
+    refused = [StagedRow((str(i),), known[str(i)], None) for i in (1, 2, 3)]
+    connection.execute("UPDATE docs SET body = 'edited again' WHERE id = 2")
+
+    result = write(database, column, refused)
+
+    assert result == Written(
+        positions(0), positions(1), positions(), positions(), unchanged=positions(2)
+    )
+    assert stored(connection, 1) == (None, None)
+    assert stored(connection, 2)[0] is not None, "that refusal was of a text that is gone"
+
+
+def test_rows_with_and_without_a_vector_in_one_batch(
+    database: str, connection: Connection, column: Column
+) -> None:
+    fill(connection, column)
+    connection.execute("UPDATE docs SET body = NULL WHERE id = 1")
+    connection.execute("UPDATE docs SET body = 'edited' WHERE id = 2")
+    rows = [StagedRow(("1",), None, None), *staged(connection, column, 2)]
+
+    assert write(database, column, rows).written == positions(0, 1)
+    assert stored(connection, 1) == (None, None)
+    assert stored(connection, 2)[0] == [2.0] * 4
+
+
 def test_an_error_leaves_nothing_half_written(
     database: str, connection: Connection, column: Column
 ) -> None:
@@ -329,11 +365,17 @@ def test_a_large_table_is_reached_through_its_key(database: str, connection: Con
     async def explained(c: "psycopg.AsyncConnection[Any]") -> None:
         subject = Writer(column)
         async with c.transaction(force_rollback=True):
-            await c.execute(subject._prepare)
-            async with c.cursor() as cursor, cursor.copy(subject._copy) as copy:
-                await copy.write(writer_module._binary_rows(rows))
-            for query in (subject._write, subject._existing):
-                cursor = await c.execute(sql.SQL("EXPLAIN (FORMAT JSON) {}").format(query))
+            await c.execute(writer_module._PLANNER)
+            keys = [row.key[0] for row in rows]
+            fingerprints = [row.fingerprint for row in rows]
+            vectors = ["[1,2,3,4]"] * len(rows)
+            for query, parameters in (
+                (subject._write, [keys, fingerprints, vectors]),
+                (subject._existing, [keys]),
+            ):
+                cursor = await c.execute(
+                    sql.SQL("EXPLAIN (FORMAT JSON) {}").format(query), parameters
+                )
                 row = await cursor.fetchone()
                 assert row is not None
                 seen.append(row[0][0]["Plan"])
