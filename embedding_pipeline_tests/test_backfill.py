@@ -12,8 +12,18 @@ from typing import Any
 import psycopg
 import pytest
 
-from embedding_pipeline import backfill as backfill_module
-from embedding_pipeline.backfill import BackfillError, Options, Outcome, Progress, backfill
+from embedding_pipeline.backfill import (
+    BackfillError,
+    Options,
+    Outcome,
+    Progress,
+    backfill,
+    flow,
+    memory,
+    reading,
+    recording,
+)
+from embedding_pipeline.backfill import run as run_module
 from embedding_pipeline.embedders import Embedder
 from embedding_pipeline.errors import LeaseError, PipelineError
 from embedding_pipeline.store.column import Column
@@ -164,13 +174,13 @@ def test_many_rows_to_clear_take_few_writes(
     fill(connection, column)
     connection.execute("UPDATE docs SET body = ''")
     sizes = []
-    original = backfill_module.Writer.write
+    original = recording.Writer.write
 
     async def write(self: Any, connection: Any, rows: Any) -> Any:
         sizes.append(len(rows))
         return await original(self, connection, rows)
 
-    monkeypatch.setattr(backfill_module.Writer, "write", write)
+    monkeypatch.setattr(recording.Writer, "write", write)
     assert run(database, column, server).total.cleared == 200
     assert wrong_rows(connection, column) == []
     assert len(sizes) <= 6
@@ -185,10 +195,8 @@ def test_equal_texts_are_embedded_once_in_a_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where so many others lie between them that the vector is long forgotten."""
-    monkeypatch.setattr(backfill_module, "REMEMBERED_BYTES", 0)
-    monkeypatch.setattr(
-        backfill_module._Memory, "keep", _keep_at_most(20, backfill_module._Memory.keep)
-    )
+    monkeypatch.setattr(memory, "REMEMBERED_BYTES", 0)
+    monkeypatch.setattr(memory.Memory, "keep", _keep_at_most(20, memory.Memory.keep))
     # the same fifty texts in each of the four partitions
     connection.execute("UPDATE docs SET body = 'text number ' || (id - 1) / 4")
 
@@ -213,7 +221,7 @@ def test_a_text_that_thousands_share_is_one_input(
     server: FaultServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backfill_module, "MOST_OUTSTANDING", 100)
+    monkeypatch.setattr(flow, "MOST_OUTSTANDING", 100)
     create_docs(connection, 3000)
     column = make_column(connection, spec())
     connection.execute("UPDATE docs SET body = 'the same'")
@@ -338,7 +346,7 @@ def test_large_texts_make_small_batches_and_pages(
     connection.execute("UPDATE docs SET body = repeat(md5(id::text) || ' ', 10000)")
     sizes = []
     asked = []
-    original = backfill_module.read_page
+    original = reading.read_page
 
     async def read(connection: Any, column: Any, partition: str, after: Any, limit: int) -> Any:
         asked.append(limit)
@@ -347,13 +355,13 @@ def test_large_texts_make_small_batches_and_pages(
     def count(embedder: Any) -> None:
         embed = embedder.embed
 
-        async def counted(texts: Any) -> Any:
+        async def counted(texts: Any, **options: Any) -> Any:
             sizes.append(len(texts))
-            return await embed(texts)
+            return await embed(texts, **options)
 
         embedder.embed = counted
 
-    monkeypatch.setattr(backfill_module, "read_page", read)
+    monkeypatch.setattr(reading, "read_page", read)
     outcome = run(database, column, server, prepare=count)
 
     assert outcome.total.embedded == 30
@@ -369,7 +377,7 @@ def test_progress_and_its_remaining_rows(
     server: FaultServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backfill_module, "PROGRESS_SECONDS", 0.01)
+    monkeypatch.setattr(run_module, "PROGRESS_SECONDS", 0.01)
     server.delay = 0.1
     seen: list[Progress] = []
 
@@ -454,14 +462,14 @@ def test_rows_that_stay_locked_are_left_to_the_next_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Even where there is no room to keep their vectors they are paid for once only."""
-    monkeypatch.setattr(backfill_module, "REMEMBERED_BYTES", 0)
-    memory_most = backfill_module._Memory.keep_locked
+    monkeypatch.setattr(memory, "REMEMBERED_BYTES", 0)
+    memory_most = memory.Memory.keep_locked
 
     def keep_locked(self: Any, *arguments: Any) -> None:
         self.most = 5
         memory_most(self, *arguments)
 
-    monkeypatch.setattr(backfill_module._Memory, "keep_locked", keep_locked)
+    monkeypatch.setattr(memory.Memory, "keep_locked", keep_locked)
     with connect(database) as user, user.transaction():
         user.execute("SELECT FROM docs WHERE id <= 40 FOR UPDATE")
         outcome = run(database, column, server)
@@ -596,8 +604,8 @@ def test_words_that_postgres_refuses_do_not_hang_the_run(
     def odd(embedder: Any) -> None:
         embed = embedder.embed
 
-        async def refusing(texts: Any) -> Any:
-            result = await embed(texts)
+        async def refusing(texts: Any, **options: Any) -> Any:
+            result = await embed(texts, **options)
             result.done[0] = False
             result.refused[0] = "half \ud83d and \0"
             return result
@@ -612,7 +620,7 @@ def test_an_embedder_that_breaks_does_not_hang_the_run(
     database: str, connection: Connection, column: Column, server: FaultServer
 ) -> None:
     def breaking(embedder: Any) -> None:
-        async def embed(_: Any) -> Any:
+        async def embed(*_: Any, **__: Any) -> Any:
             raise ZeroDivisionError("a bug")
 
         embedder.embed = embed
@@ -713,7 +721,7 @@ def test_a_database_that_stays_away_ends_the_run(
 def test_memory_is_flat(
     database: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backfill_module, "REMEMBERED_BYTES", 1024 * 1024)
+    monkeypatch.setattr(memory, "REMEMBERED_BYTES", 1024 * 1024)
 
     def peak(rows: int) -> int:
         """Peak resident memory of this process, in KiB, after a run of so many rows."""

@@ -26,7 +26,7 @@ from embedding_pipeline.embedders.errors import (
 from embedding_pipeline.embedders.inputs import Inputs, Rules, prepare, shorten
 from embedding_pipeline.embedders.limiter import Limiter, Sent, limiter_for
 from embedding_pipeline.embedders.packing import RequestLimits, halves, pack
-from embedding_pipeline.embedders.port import EmbedResult, Endpoint, Overlong
+from embedding_pipeline.embedders.port import EmbedResult, Endpoint, MayRepeat, Overlong
 from embedding_pipeline.embedders.responses import Answer
 from embedding_pipeline.embedders.tokens import TokenCounter, token_counter
 from embedding_pipeline.embedders.wire import Wire
@@ -45,6 +45,9 @@ SECONDS_TO_ARRIVE = 5.0
 
 SECONDS_WORTH_A_WARNING = 5.0
 
+PERHAPS_BILLED = frozenset({"timeout", "broken", "response"})
+"""Causes of failures after which the provider may have done its work, and count it."""
+
 PROBE_TEXT = "a"
 REFUSALS_WITHOUT_A_DOUBT = 3
 """Texts refused alone, with no text answered in between, before a plain text is tried."""
@@ -59,6 +62,7 @@ class _Job:
     retry: bool
     stopped: "asyncio.Future[None]"
     error: EmbedError | None = None
+    may_repeat: MayRepeat | None = None
 
     def stop(self, error: EmbedError) -> None:
         """The first error is the call's; nothing more is sent."""
@@ -189,7 +193,9 @@ class ProviderEmbedder:
         """See `Embedder.cost`."""
         return tokens * self.endpoint.price_per_million_tokens.get(self.model, 0.0) / 1_000_000
 
-    async def embed(self, texts: Sequence[str], *, retry: bool = True) -> EmbedResult:
+    async def embed(
+        self, texts: Sequence[str], *, retry: bool = True, may_repeat: MayRepeat | None = None
+    ) -> EmbedResult:
         """See `Embedder.embed`."""
         if not self._started:
             await self._start(retry=retry)
@@ -198,6 +204,7 @@ class ProviderEmbedder:
         self._jobs += 1
         try:
             job = await self._job(texts, retry=retry)
+            job.may_repeat = may_repeat
             await self._run(job)
         finally:
             self._jobs -= 1
@@ -352,6 +359,7 @@ class ProviderEmbedder:
             job.result.retried += again
             answer = await self._until_shortly_after_the_end(job, self._wire.send(texts))
             if answer is None:
+                self._perhaps_billed(job, texts, None)
                 return None
             used = tokens if answer.tokens is None else answer.tokens
         except TransientError as error:
@@ -362,6 +370,8 @@ class ProviderEmbedder:
                 self._limiter.throttled(sent, error.retry_after)
             elif error.cause != "response":
                 self._limiter.failed(error.retry_after)
+            if error.cause in PERHAPS_BILLED:
+                self._perhaps_billed(job, texts, error)
             raise
         finally:
             self._limiter.leave()
@@ -376,6 +386,13 @@ class ProviderEmbedder:
             _header(answer, "x-ratelimit-limit-tokens"),
         )
         return answer
+
+    def _perhaps_billed(self, job: _Job, texts: list[str], error: EmbedError | None) -> None:
+        if job.may_repeat is None:
+            return
+        most = sum(min(self.counter.upper_bound(text), self._longest) for text in texts)
+        if not job.may_repeat(most) and error is not None:
+            job.stop(error)
 
     async def _enter(self, job: _Job, tokens: int) -> Sent | None:
         drawn = entered = False

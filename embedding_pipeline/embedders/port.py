@@ -1,6 +1,6 @@
 """The port: what the rest of the project knows of an embedding provider."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 from urllib.parse import urlsplit, urlunsplit
@@ -84,6 +84,9 @@ class EmbedResult:
     """Of those, repeats of a request that had failed."""
 
 
+MayRepeat = Callable[[int], bool]
+
+
 class Embedder(Protocol):
     """Turns texts into one model's vectors."""
 
@@ -98,8 +101,14 @@ class Embedder(Protocol):
         """
         ...
 
-    async def embed(self, texts: Sequence[str], *, retry: bool = True) -> EmbedResult:
+    async def embed(
+        self, texts: Sequence[str], *, retry: bool = True, may_repeat: MayRepeat | None = None
+    ) -> EmbedResult:
         """Embed any number of texts, packed into requests within the endpoint's limits.
+
+        `may_repeat` is asked after a request that brought no usable answer and was perhaps billed
+        all the same (a timeout, a reset, half a response), with the most tokens that it may have
+        counted. False ends the call with that request's error.
 
         Texts that the provider refuses are in `refused`. Raises TransientError when retrying
         (off with `retry=False`) did not help and GlobalError when it cannot; both carry what

@@ -45,7 +45,9 @@ class ScriptedEmbedder:
     async def start(self) -> None:
         pass
 
-    async def embed(self, texts: Sequence[str], *, retry: bool = True) -> EmbedResult:
+    async def embed(
+        self, texts: Sequence[str], *, retry: bool = True, may_repeat: Any = None
+    ) -> EmbedResult:
         self.asked.append(list(texts))
         if self.error is not None:
             raise self.error

@@ -116,7 +116,9 @@ def test_no_transaction_is_open_while_an_embedder_works(
     seen: list[psycopg.pq.TransactionStatus] = []
 
     class Watching(ScriptedEmbedder):
-        async def embed(self, texts: Any, *, retry: bool = True) -> EmbedResult:
+        async def embed(
+            self, texts: Any, *, retry: bool = True, may_repeat: Any = None
+        ) -> EmbedResult:
             seen.append(connection.info.transaction_status)
             return await super().embed(texts, retry=retry)
 

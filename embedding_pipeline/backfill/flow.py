@@ -1,0 +1,104 @@
+"""What the stages of a run share: the rows on their way, who waits for what, the first failure."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from embedding_pipeline.backfill.memory import Memory
+from embedding_pipeline.backfill.outcome import Counts, Options, Outcome
+from embedding_pipeline.brakes import Brake, Held
+from embedding_pipeline.store.column import Column
+from embedding_pipeline.store.writer import StagedRow
+
+MOST_OUTSTANDING = 8192
+"""Rows between reader and table: a text that a million rows share is one input only."""
+
+
+@dataclass(slots=True)
+class Waiting:
+    """An input on its way to the provider and the rows (partition, key) that wait for it."""
+
+    text: str
+    fingerprint: UUID
+    rows: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Batch:
+    """Inputs of one request, and the tokens that are reserved for it under a cost cap."""
+
+    inputs: list[Waiting] = field(default_factory=list)
+    characters: int = 0
+    tokens: int = 0
+    unwritten: int = 0
+    """Rows that the provider has answered for and that are not in the table yet."""
+
+
+@dataclass(slots=True)
+class Write:
+    """A row for the table: with a vector, to be cleared, or (with an error) to quarantine."""
+
+    partition: str
+    row: StagedRow
+    kind: str
+    """The count in `Counts` that it adds to when it is done."""
+    error: str = ""
+    batch: Batch | None = None
+    """The request that it came from."""
+
+
+class Flow:
+    """One run's state, for one event loop."""
+
+    def __init__(
+        self,
+        column: Column,
+        partitions: Sequence[str],
+        options: Options,
+        check: Callable[[], None],
+        brake: Brake,
+    ) -> None:
+        self.column, self.options, self.check, self.brake = column, options, check, brake
+        self.outcome = Outcome({key: Counts() for key in partitions})
+        self.memory = Memory(column.embedding.dimensions)
+        self.writes: asyncio.Queue[list[Write] | None] = asyncio.Queue(options.concurrency * 2)
+        self.flying: dict[UUID, Waiting] = {}
+        """Texts between reader and provider's answer: another row of the same text joins them."""
+        self.outstanding = 0
+        """Rows that were handed on and of which it is not known yet what became of them."""
+        self.most_outstanding = max(MOST_OUTSTANDING, 4 * options.batch_size * options.concurrency)
+        self.failure: Exception | None = None
+        self._changed = asyncio.Condition()
+
+    @property
+    def ending(self) -> bool:
+        """No further rows are to be read."""
+        return self.failure is not None or self.outcome.stopped is not None
+
+    def halt(self, held: Held) -> None:
+        """Send and read nothing more; what is in flight is still written."""
+        self.outcome.held = held
+        self.outcome.stopped = held.reason
+
+    def count_read(self, partition: str) -> None:
+        self.outcome.partitions[partition].read += 1
+        self.outstanding += 1
+
+    async def settle(self, rows: int) -> None:
+        """It is known what became of so many rows."""
+        async with self._changed:
+            self.outstanding -= rows
+            self._changed.notify_all()
+
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Until the condition holds or the run has failed; looked at whenever rows settle."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: condition() or self.failure is not None)
+
+    async def fail(self, error: Exception) -> None:
+        """The first failure is the run's."""
+        async with self._changed:
+            if self.failure is None:
+                self.failure = error
+            self._changed.notify_all()

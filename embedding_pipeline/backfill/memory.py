@@ -1,0 +1,70 @@
+"""What a run remembers so that it pays for no text twice, within a fixed number of bytes."""
+
+from collections import OrderedDict
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+
+REMEMBERED_BYTES = 32 * 1024 * 1024
+"""Of recent vectors kept for equal texts, and as much again for rows that were locked."""
+REMEMBERED_PLACES = 200_000
+"""Texts of which a run remembers in which row their vector is, once the vector is forgotten."""
+
+Vector = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class Memory:
+    """Vectors and refusals of this run, by the text's fingerprint."""
+
+    def __init__(self, dimensions: int) -> None:
+        self.most = max(256, REMEMBERED_BYTES // (4 * dimensions))
+        self.recent: OrderedDict[UUID, Vector] = OrderedDict()
+        self.unwritten: set[UUID] = set()
+        """On their way into the table: until they are written nobody else could recall them."""
+        self.page: set[UUID] = set()
+        """Of the page being handed on: what was at hand when it was read must stay so."""
+        self.locked: dict[UUID, tuple[Vector, str]] = {}
+        """Not written because somebody held the row, and what the row counts as."""
+        self.given_up: set[UUID] = set()
+        """The same, but without room for the vector: such rows are left to the next run."""
+        self.places: OrderedDict[UUID, tuple[str, ...]] = OrderedDict()
+        """The key of a row that was given this vector."""
+        self.refused: dict[UUID, str] = {}
+
+    def vector(self, fingerprint: UUID) -> tuple[Vector, str] | None:
+        """A text's vector, if it is at hand, and what a row counts as that is given it."""
+        if (locked := self.locked.get(fingerprint)) is not None:
+            return locked
+        if (vector := self.recent.get(fingerprint)) is None:
+            return None
+        self.recent.move_to_end(fingerprint)
+        return vector, "reused"
+
+    def keep(self, fingerprint: UUID, vector: Vector) -> None:
+        """Remember a vector; the oldest that may be forgotten makes room for it."""
+        self.recent[fingerprint] = vector
+        self.recent.move_to_end(fingerprint)
+        while len(self.recent) > self.most:
+            oldest = next(
+                (old for old in self.recent if old not in self.unwritten and old not in self.page),
+                None,
+            )
+            if oldest is None:
+                return
+            del self.recent[oldest]
+
+    def keep_locked(self, fingerprint: UUID, vector: Vector, kind: str) -> None:
+        """Remember a vector that could not be written, as far as there is room."""
+        if len(self.locked) < self.most:
+            self.locked.setdefault(fingerprint, (vector, kind))
+        elif fingerprint not in self.locked:
+            self.given_up.add(fingerprint)
+
+    def written(self, fingerprint: UUID, key: tuple[str, ...]) -> None:
+        """A row has this vector now: it can be recalled from there."""
+        if (locked := self.locked.pop(fingerprint, None)) is not None:
+            self.keep(fingerprint, locked[0])
+        self.places[fingerprint] = key
+        if len(self.places) > REMEMBERED_PLACES:
+            self.places.popitem(last=False)
