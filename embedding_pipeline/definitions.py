@@ -5,6 +5,7 @@ import warnings
 
 import dagster as dg
 
+from embedding_pipeline.alerts.sensor import alert_sensor
 from embedding_pipeline.components.embedded_table import table_definitions
 from embedding_pipeline.components.retry_job import retry_quarantined
 from embedding_pipeline.errors import PipelineError
@@ -19,12 +20,17 @@ for _category in (dg.BetaWarning, dg.PreviewWarning):
 @dg.definitions
 def defs() -> dg.Definitions:
     """Every table of `defs/`, and those of the folder that EMBEDDING_PIPELINE_DEFS names."""
-    further = [file for file in _table_files() if not file.path.is_relative_to(DEFS_FOLDER)]
+    files = _table_files()
+    further = [file for file in files if not file.path.is_relative_to(DEFS_FOLDER)]
     return dg.Definitions.merge(
         _shipped(),
         *map(table_definitions, further),
         # a step of its own process costs seconds to start; the run is the unit of scaling out
-        dg.Definitions(executor=dg.in_process_executor, jobs=[retry_quarantined]),
+        dg.Definitions(
+            executor=dg.in_process_executor,
+            jobs=[retry_quarantined],
+            sensors=[alert_sensor([file.spec for file in files])],
+        ),
     )
 
 

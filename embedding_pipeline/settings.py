@@ -83,6 +83,9 @@ class Settings(BaseSettings):
     use_vector_1536: bool = False
     similarity_threshold: float = Field(0.0, ge=-1.0, le=1.0)
     alert_urls: SecretStr | None = None
+    """Addresses of alert channels as apprise writes them, separated by commas or blanks."""
+    dagster_ui_url: str = "http://127.0.0.1:3000"
+    """Where people open the Dagster UI; links in alerts begin with it."""
     embedding_daily_cost_cap: float | None = Field(None, ge=0, allow_inf_nan=False)
     """US dollars that all runs of all providers together spend in a day, at most."""
     nightly_at: str = "02:00"
@@ -121,6 +124,28 @@ class Settings(BaseSettings):
     @classmethod
     def _is_a_zone(cls, value: str) -> str:
         return time_zone(value)
+
+    @field_validator("dagster_ui_url")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        if not value.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://, like http://127.0.0.1:3000")
+        return value.rstrip("/")
+
+    @field_validator("alert_urls")
+    @classmethod
+    def _are_addresses(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        from embedding_pipeline.alerts.addresses import entries_without_scheme
+
+        wrong = entries_without_scheme(value.get_secret_value())
+        if wrong:
+            raise ValueError(
+                f"entry {wrong[0]} is not an address such as slack://… or https://… (its value is "
+                "a secret and not shown); separate several with commas"
+            )
+        return value
 
     @field_validator("embedding_pipeline_home", "embedding_pipeline_defs")
     @classmethod

@@ -28,6 +28,7 @@ EVERY_VARIABLE = {
     "USE_VECTOR_1536": "true",
     "SIMILARITY_THRESHOLD": "0.4",
     "ALERT_URLS": f"slack://{SECRET}",
+    "DAGSTER_UI_URL": "https://dagster.example",
     "EMBEDDING_DAILY_COST_CAP": "12.5",
     "NIGHTLY_AT": "03:30",
     "NIGHTLY_TIMEZONE": "Europe/Madrid",

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from embedding_pipeline.cli import embedding, inspection, quarantine, schema, serving
+from embedding_pipeline.cli import alerts, embedding, inspection, quarantine, schema, serving
 from embedding_pipeline.cli.options import ERROR
 from embedding_pipeline.errors import PipelineError
 
@@ -57,6 +57,7 @@ def main() -> None:
 
 
 for _command in (
+    alerts.alert_test,
     embedding.run,
     embedding.backfill,
     inspection.status,

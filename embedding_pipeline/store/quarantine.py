@@ -19,6 +19,9 @@ from embedding_pipeline.store.connection import SESSION
 
 LONGEST_ERROR = 500
 
+PAST_SHARE = "past max_quarantined_share"
+"""Part of what a run says that stops because too many rows were refused."""
+
 
 @dataclass(frozen=True)
 class Refusal:

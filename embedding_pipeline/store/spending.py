@@ -66,6 +66,12 @@ def cap_in_the_way(
     return None
 
 
+def is_reached(cap: float, spending: Spending) -> bool:
+    """Whether a cap is used up, or a run has stopped at it today."""
+    stopped = spending.stopped_cap is not None and cap <= spending.stopped_cap
+    return stopped or spending.usd >= cap
+
+
 def reached(caps: DailyCaps, today: Mapping[str, Spending]) -> str | None:
     """Why nothing more can be sent today, in words; None while something can.
 
@@ -74,8 +80,7 @@ def reached(caps: DailyCaps, today: Mapping[str, Spending]) -> str | None:
     """
     for name, cap in caps.caps().items():
         known = today.get(name, Spending(0.0))
-        stopped = known.stopped_cap is not None and cap <= known.stopped_cap
-        if stopped or known.usd >= cap:
+        if is_reached(cap, known):
             return describe_cap(name, cap, known.usd, caps.zone)
     return None
 
