@@ -9,7 +9,6 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from embedding_pipeline.embed_column import make_embedder
 from embedding_pipeline.errors import IdentityError, SchemaError
 from embedding_pipeline.settings import load_settings
 from embedding_pipeline.spec import TableSpec
@@ -27,6 +26,9 @@ def price(column: Column, rows: int) -> str:
 
     From the first texts of the table; nothing is sent anywhere.
     """
+    # numpy and the providers' adapters: who only checks an identity does not need them
+    from embedding_pipeline.embed_column import make_embedder
+
     embedder = make_embedder(column.embedding)
     query = sql.SQL("SELECT ({text})::text FROM {relation} WHERE {eligible} LIMIT {most}").format(
         text=column.text,

@@ -2,16 +2,14 @@
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import dagster as dg
 from pydantic import Field
 
-from embedding_pipeline.backfill import BackfillError, Counts, Options, Outcome, Progress
 from embedding_pipeline.components import names
 from embedding_pipeline.components.processes import tag_process
-from embedding_pipeline.embed_column import ColumnRun, embed_column
 from embedding_pipeline.errors import LeaseError, PipelineError
-from embedding_pipeline.identity import check_identity
 from embedding_pipeline.spec import EmbeddingSpec, TableSpec
 from embedding_pipeline.spec_files import TableFile
 from embedding_pipeline.store.catalogue import bind_columns
@@ -19,13 +17,18 @@ from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import connect, database_url
 from embedding_pipeline.store.pending import estimated_rows, partitions_in_data
 
+if TYPE_CHECKING:
+    # numpy and what speaks to providers: loading the definitions must not wait for them
+    from embedding_pipeline.backfill import Options, Outcome, Progress
+    from embedding_pipeline.embed_column import ColumnRun
+
 LEASE_HELD = "held_by_other_runs"
 """In a failure's metadata: live runs hold all the partitions, so waiting is the answer."""
 
 LOG_SECONDS = 5.0
 """How often a run says in its log where it stands."""
 
-LISTENERS: list[Callable[[Progress], None]] = []
+LISTENERS: "list[Callable[[Progress], None]]" = []
 """Who else follows the progress of runs in this process: the command line's bars."""
 
 COUNTED_ROWS = 200_000
@@ -48,7 +51,9 @@ class EmbedConfig(dg.Config):
         None, gt=0, description="US dollars; the run stops before it would pass them."
     )
 
-    def options(self, table: TableSpec, embedding: EmbeddingSpec) -> Options:
+    def options(self, table: TableSpec, embedding: EmbeddingSpec) -> "Options":
+        from embedding_pipeline.backfill import Options
+
         return Options(
             limit=min(self.limit or table.rows_per_run, table.rows_per_run),
             batch_size=self.batch_size or embedding.batch_size,
@@ -62,6 +67,8 @@ def bind_column(table: TableSpec, column: str) -> Column:
 
     IdentityError when the YAML asks for another recipe than the one that fills it.
     """
+    from embedding_pipeline.identity import check_identity
+
     with connect() as connection:
         columns = bind_columns(connection, table)
         found = next(bound for bound in columns if bound.embedding.column == column)
@@ -116,6 +123,9 @@ def embedding_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefi
         ),
     )
     def embed(context: dg.AssetExecutionContext, config: EmbedConfig) -> None:
+        from embedding_pipeline.backfill import BackfillError
+        from embedding_pipeline.embed_column import embed_column
+
         partitions = list(context.partition_keys)
         if not partitions:
             raise dg.Failure(
@@ -129,7 +139,7 @@ def embedding_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefi
 
         logged = time.monotonic()
 
-        def progress(at: Progress) -> None:
+        def progress(at: "Progress") -> None:
             nonlocal logged
             for listener in LISTENERS:
                 listener(at)
@@ -178,10 +188,12 @@ def _rows_by_partition(column: Column) -> dict[str, int]:
 
 
 def _partition_metadata(
-    partition: str, run: ColumnRun, rows: dict[str, int]
+    partition: str, run: "ColumnRun", rows: dict[str, int]
 ) -> dict[str, int | float | str | dg.MetadataValue]:
     """One partition's figures. Tokens and cost of shared requests are split by rows embedded,
     so that summing over partitions gives the run's."""
+    from embedding_pipeline.backfill import Counts
+
     counts = run.outcome.partitions.get(partition, Counts())
     total = run.outcome.total.embedded
     share = counts.embedded / total if total else 0.0
@@ -206,7 +218,7 @@ def _partition_metadata(
     return metadata
 
 
-def _run_metadata(outcome: Outcome) -> dict[str, int | float | str | dg.MetadataValue]:
+def _run_metadata(outcome: "Outcome") -> dict[str, int | float | str | dg.MetadataValue]:
     metadata: dict[str, int | float | str | dg.MetadataValue] = {
         "rows_per_second": round(outcome.total.written / outcome.seconds, 1)
         if outcome.seconds
@@ -221,7 +233,7 @@ def _run_metadata(outcome: Outcome) -> dict[str, int | float | str | dg.Metadata
     return metadata
 
 
-def _log_finished(context: dg.AssetExecutionContext, key: dg.AssetKey, outcome: Outcome) -> None:
+def _log_finished(context: dg.AssetExecutionContext, key: dg.AssetKey, outcome: "Outcome") -> None:
     """Record partitions that a failed run did complete: they need not be run again."""
     for partition, counts in outcome.partitions.items():
         if counts.read and counts.read == counts.written:
@@ -236,8 +248,6 @@ def _log_finished(context: dg.AssetExecutionContext, key: dg.AssetKey, outcome: 
 
 def index_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefinition:
     """The asset `[table, column_index]`: an HNSW index, built once the rows are in."""
-    from embedding_pipeline.store.indexes import build_hnsw
-
     @dg.asset(
         key=names.index_key(table, embedding),
         deps=[names.column_key(table, embedding)],
@@ -251,6 +261,8 @@ def index_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefiniti
         ),
     )
     def build(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
+        from embedding_pipeline.store.indexes import build_hnsw
+
         tag_process(context.instance, context.run)
         try:
             column = bind_column(table, embedding.column)
@@ -274,8 +286,6 @@ def index_metadata(report: object) -> dict[str, int | float | str | bool]:
 
 def quality_asset(file: TableFile) -> dg.AssetsDefinition:
     """The asset `[table, retrieval_quality]`: the golden set evaluated on every column."""
-    from embedding_pipeline.components.quality import evaluate_table
-
     table = file.spec
 
     @dg.asset(
@@ -294,6 +304,8 @@ def quality_asset(file: TableFile) -> dg.AssetsDefinition:
         ),
     )
     def evaluate(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
+        from embedding_pipeline.components.quality import evaluate_table
+
         tag_process(context.instance, context.run)
         try:
             return dg.MaterializeResult(metadata=evaluate_table(file, context.run_id))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import psycopg
@@ -17,22 +17,7 @@ from psycopg import sql
 
 from embedding_pipeline.components import names
 from embedding_pipeline.components.assets import COUNTED_ROWS, bind_column
-from embedding_pipeline.components.quality import evaluation_of_run, golden_set
 from embedding_pipeline.errors import PipelineError
-from embedding_pipeline.evaluation.golden_set import GoldenSet
-from embedding_pipeline.evaluation.history import latest
-from embedding_pipeline.evaluation.keys import Key, key_from_json
-from embedding_pipeline.evaluation.nearest import find_index
-from embedding_pipeline.evaluation.result import Evaluation, IndexRecall
-from embedding_pipeline.evaluation.vectors import index_recall, vectors_valid
-from embedding_pipeline.evaluation.verdict import (
-    Verdict,
-    coverage_verdict,
-    golden_mrr_verdict,
-    index_recall_verdict,
-    not_evaluated,
-    vectors_valid_verdict,
-)
 from embedding_pipeline.spec import EmbeddingSpec, TableSpec
 from embedding_pipeline.spec_files import TableFile
 from embedding_pipeline.store.column import Column
@@ -46,6 +31,13 @@ from embedding_pipeline.store.pending import (
     estimated_rows,
 )
 from embedding_pipeline.store.results import note_pending, written_at
+
+if TYPE_CHECKING:
+    # numpy and the metrics: only a check that runs needs them, loading the definitions does not
+    from embedding_pipeline.evaluation.golden_set import GoldenSet
+    from embedding_pipeline.evaluation.keys import Key
+    from embedding_pipeline.evaluation.result import Evaluation
+    from embedding_pipeline.evaluation.verdict import Verdict
 
 SAMPLED_ROWS = 10_000
 """Up to this size every check looks at all vectors."""
@@ -67,7 +59,7 @@ class Occasion:
     """This run ended before its partitions were empty, and said why (a limit, a cost cap)."""
 
 
-Measure = Callable[["psycopg.Connection[Any]", Column, Occasion], Verdict]
+Measure = Callable[["psycopg.Connection[Any]", Column, Occasion], "Verdict"]
 
 
 def column_checks(file: TableFile, embedding: EmbeddingSpec) -> list[dg.AssetChecksDefinition]:
@@ -141,6 +133,8 @@ def _checks(
         name=f"{key.to_python_identifier()}_{what}_checks", specs=specs, can_subset=True
     )
     def run_checks(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+        from embedding_pipeline.evaluation.verdict import not_evaluated
+
         selected = {check.name for check in context.selected_asset_check_keys}
         occasion = _occasion(context, file.spec, key)
         for check in checks:
@@ -177,7 +171,7 @@ def _occasion(
     )
 
 
-def check_result(verdict: Verdict, key: dg.AssetKey, name: str) -> dg.AssetCheckResult:
+def check_result(verdict: "Verdict", key: dg.AssetKey, name: str) -> dg.AssetCheckResult:
     """A verdict as Dagster records it: "not evaluated" is a failed check of severity WARN."""
     return dg.AssetCheckResult(
         asset_key=key,
@@ -207,7 +201,11 @@ def counted(
     return Coverage(rows, embedded, kinds, 0), False
 
 
-def _coverage(connection: "psycopg.Connection[Any]", column: Column, occasion: Occasion) -> Verdict:
+def _coverage(
+    connection: "psycopg.Connection[Any]", column: Column, occasion: Occasion
+) -> "Verdict":
+    from embedding_pipeline.evaluation.verdict import coverage_verdict
+
     counts, exact = counted(connection, column, occasion.thorough)
     waiting = count_by_partition(connection, column)
     since = note_pending(connection, column, bool(waiting))
@@ -228,7 +226,11 @@ def _coverage(connection: "psycopg.Connection[Any]", column: Column, occasion: O
 
 def _golden_mrr(
     file: TableFile, connection: "psycopg.Connection[Any]", column: Column, occasion: Occasion
-) -> Verdict:
+) -> "Verdict":
+    from embedding_pipeline.components.quality import evaluation_of_run, golden_set
+    from embedding_pipeline.evaluation.history import latest
+    from embedding_pipeline.evaluation.verdict import golden_mrr_verdict, not_evaluated
+
     golden = golden_set(file)
     if golden is None:
         return not_evaluated("the table's YAML names no golden set")
@@ -260,12 +262,15 @@ FOLLOWS = (
 
 
 def _evaluation(
-    connection: "psycopg.Connection[Any]", column: Column, golden: GoldenSet, occasion: Occasion
-) -> Evaluation | None:
+    connection: "psycopg.Connection[Any]", column: Column, golden: "GoldenSet", occasion: Occasion
+) -> "Evaluation | None":
     """This run's evaluation; without one, the latest, unless the column was written since.
 
     What judges vectors that have been replaced must not pass for a judgement of the new ones.
     """
+    from embedding_pipeline.components.quality import evaluation_of_run
+    from embedding_pipeline.evaluation.history import latest
+
     if occasion.thorough:
         return evaluation_of_run(connection, column, golden, occasion.run_id)
     known = latest(connection, column)
@@ -277,7 +282,10 @@ def _evaluation(
 
 def _vectors_valid(
     connection: "psycopg.Connection[Any]", column: Column, occasion: Occasion
-) -> Verdict:
+) -> "Verdict":
+    from embedding_pipeline.evaluation.vectors import vectors_valid
+    from embedding_pipeline.evaluation.verdict import vectors_valid_verdict
+
     if occasion.thorough or estimated_rows(connection, column) <= SAMPLED_ROWS:
         return vectors_valid_verdict(vectors_valid(connection, column))
     with connection.transaction():
@@ -293,8 +301,10 @@ BY_KEY = sql.SQL(
 )
 
 
-def _sampled_keys(connection: "psycopg.Connection[Any]", column: Column) -> list[Key]:
+def _sampled_keys(connection: "psycopg.Connection[Any]", column: Column) -> "list[Key]":
     """Keys of some rows, from a few of the table's pages, other ones each time."""
+    from embedding_pipeline.evaluation.keys import key_from_json
+
     share = 100 * SAMPLED_KEYS / max(SAMPLED_KEYS, estimated_rows(connection, column))
     query = sql.SQL("SELECT {}::text FROM {} TABLESAMPLE SYSTEM ({}) LIMIT {}").format(
         column.key_json, column.relation, sql.Literal(share), sql.Literal(SAMPLED_KEYS)
@@ -305,7 +315,13 @@ def _sampled_keys(connection: "psycopg.Connection[Any]", column: Column) -> list
 
 def _index_recall(
     file: TableFile, connection: "psycopg.Connection[Any]", column: Column, occasion: Occasion
-) -> Verdict:
+) -> "Verdict":
+    from embedding_pipeline.components.quality import golden_set
+    from embedding_pipeline.evaluation.nearest import find_index
+    from embedding_pipeline.evaluation.result import IndexRecall
+    from embedding_pipeline.evaluation.vectors import index_recall
+    from embedding_pipeline.evaluation.verdict import index_recall_verdict
+
     golden = golden_set(file)
     measured: IndexRecall | None = None
     if golden is not None:

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
-import numpy as np
 from pydantic import SecretStr
+
+if TYPE_CHECKING:
+    import numpy as np  # endpoints are read where nothing is embedded, at each process's start
 
 Dialect = Literal["tei", "openai"]
 Overlong = Literal["truncate", "quarantine"]
-Vectors = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+Vectors: TypeAlias = "np.ndarray[tuple[int, int], np.dtype[np.float32]]"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class EmbedResult:
 
     vectors: Vectors
     """float32 (n, dimensions); rows that are not `done` are NaN, which pgvector refuses."""
-    done: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    done: "np.ndarray[tuple[int], np.dtype[np.bool_]]"
     """bool (n,): True where `vectors` holds the text's vector."""
     refused: dict[int, str] = field(default_factory=dict)
     """Index of an input that the provider (or we, before sending) refuses -> the words."""

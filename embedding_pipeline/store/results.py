@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 
-from embedding_pipeline.backfill import Outcome
 from embedding_pipeline.store.column import Column
+
+if TYPE_CHECKING:
+    from embedding_pipeline.backfill import Outcome
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class RunResult:
 
     run_id: str | None
     started_at: datetime
-    outcome: Outcome
+    outcome: "Outcome"
     forecast: float
 
 
