@@ -248,6 +248,7 @@ def _log_finished(context: dg.AssetExecutionContext, key: dg.AssetKey, outcome: 
 
 def index_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefinition:
     """The asset `[table, column_index]`: an HNSW index, built once the rows are in."""
+
     @dg.asset(
         key=names.index_key(table, embedding),
         deps=[names.column_key(table, embedding)],

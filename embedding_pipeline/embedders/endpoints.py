@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,10 +98,17 @@ def load_endpoints(settings: Settings, path: Path | None = None) -> dict[str, En
     path = path or PROVIDERS_FILE
     if not path.is_file():
         return endpoints
-    document = _Document.read(path)
+    changed = path.stat()
+    document = _read(path, changed.st_mtime_ns, changed.st_size)
     for name, entry in document.entries():
         endpoints[name] = _endpoint(document, name, entry, endpoints.get(name))
     return endpoints
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path, changed_ns: int, size: int) -> "_Document":  # noqa: ARG001 - of the key
+    """A file as it is now: every table asks for it, and it seldom changes."""
+    return _Document.read(path)
 
 
 class _Document:

@@ -16,8 +16,8 @@ from embedding_pipeline.store import partitions
 BLANKS = "".join(
     map(
         chr,
-        [*range(0x9, 0xE), *range(0x1C, 0x21), 0x85, 0xA0, 0x1680]
-        + [*range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000],
+        (*range(0x9, 0xE), *range(0x1C, 0x21), 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B))
+        + (0x2028, 0x2029, 0x202F, 0x205F, 0x3000),
     )
 )  # written out: to ask every character takes 50 ms of each process's start
 """Every character that `str.isspace` knows: a text of these alone is blank, in SQL as in Python."""
