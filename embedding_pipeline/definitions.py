@@ -14,7 +14,7 @@ from embedding_pipeline.spec_files import DEFS_FOLDER, TableFile, all_table_file
 
 # which of its own parameters Dagster calls beta is no news to those who use this project
 for _category in (dg.BetaWarning, dg.PreviewWarning):
-    warnings.filterwarnings("ignore", category=_category, module=r"dagster\.")
+    warnings.filterwarnings("ignore", category=_category, module=r"(dagster|embedding_pipeline)\.")
 
 
 @dg.definitions

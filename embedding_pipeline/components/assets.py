@@ -1,5 +1,6 @@
 """Partitioned embedding assets, index assets and the evaluation asset of one table."""
 
+import hashlib
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -7,15 +8,24 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from pydantic import Field
 
-from embedding_pipeline.components import names
+from embedding_pipeline.components import descriptions, names
 from embedding_pipeline.components.processes import tag_process
+from embedding_pipeline.components.table_metadata import (
+    Metadata,
+    column_lineage,
+    count_rows,
+    embedding_schema,
+    read_columns,
+    table_figures,
+)
 from embedding_pipeline.errors import LeaseError, PipelineError
+from embedding_pipeline.settings import PROJECT_ROOT
 from embedding_pipeline.spec import EmbeddingSpec, TableSpec
 from embedding_pipeline.spec_files import TableFile
 from embedding_pipeline.store.catalogue import bind_columns
 from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import connect, database_url
-from embedding_pipeline.store.pending import estimated_rows, partitions_in_data
+from embedding_pipeline.store.pending import count_kinds
 
 if TYPE_CHECKING:
     # numpy and what speaks to providers: loading the definitions must not wait for them
@@ -30,9 +40,6 @@ LOG_SECONDS = 5.0
 
 LISTENERS: "list[Callable[[Progress], None]]" = []
 """Who else follows the progress of runs in this process: the command line's bars."""
-
-COUNTED_ROWS = 200_000
-"""Up to this size a run counts each partition's rows for `dagster/row_count`: a full scan."""
 
 
 class EmbedConfig(dg.Config):
@@ -81,17 +88,45 @@ def failure(error: PipelineError) -> dg.Failure:
     return dg.Failure(description=str(error), allow_retries=False)
 
 
-def source_asset(table: TableSpec) -> dg.AssetSpec:
-    """The table itself, as the origin of the lineage."""
-    return dg.AssetSpec(
-        names.source_key(table),
-        group_name=table.asset_name,
-        description=table.description
-        or f"The source table `{table.table}`: its rows and texts belong to its own application.",
-        kinds={"postgres", "table"},
-        owners=table.owners,
-        metadata={"dagster/table_name": table.table},
+def source_asset(table: TableSpec) -> dg.AssetsDefinition:
+    """The table itself, as the origin of the lineage; observing it counts its rows."""
+    key = names.source_key(table)
+
+    @dg.multi_observable_source_asset(  # type: ignore[untyped-decorator]
+        name=f"observe_{table.asset_name}",
+        specs=[
+            dg.AssetSpec(
+                key,
+                group_name=table.asset_name,
+                description=descriptions.source_description(table),
+                kinds={"postgres", "table"},
+                owners=table.owners,
+                metadata={"dagster/table_name": table.table, **readme()},
+            )
+        ],
     )
+    def observe(context: dg.AssetExecutionContext) -> dg.ObserveResult:
+        tag_process(context.instance, context.run)
+        try:
+            with connect() as connection:
+                columns = bind_columns(connection, table)
+                rows = count_rows(connection, columns[0])
+                metadata = table_figures(connection, columns, rows)
+        except PipelineError as error:
+            raise failure(error) from None
+        return dg.ObserveResult(asset_key=key, metadata=metadata)
+
+    asset: dg.AssetsDefinition = observe
+    return asset
+
+
+def readme() -> dict[str, dg.MetadataValue]:
+    """A link to the README, beside Dagster's own to the YAML, where the project is a clone."""
+    path = PROJECT_ROOT / "README.md"
+    if not path.is_file():
+        return {}
+    reference = dg.LocalFileCodeReference(file_path=str(path), line_number=1, label="README.md")
+    return {"dagster/code_references": dg.CodeReferencesMetadataValue(code_references=[reference])}
 
 
 def embedding_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefinition:
@@ -108,19 +143,16 @@ def embedding_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefi
         owners=table.owners,
         pool=f"provider_{embedding.provider}",
         tags={"provider": embedding.provider},
+        # another recipe is another version of the column: "code version" in the UI
+        code_version=hashlib.md5(embedding.recipe.encode(), usedforsecurity=False).hexdigest()[:8],
         metadata={
             "dagster/table_name": table.table,
             "dimensions": embedding.dimensions,
             "model": embedding.model,
             "provider": embedding.provider,
+            **readme(),
         },
-        description=(
-            f"`{table.table}.{embedding.column}`: {embedding.dimensions}-dim vectors by "
-            f"`{embedding.model}` (provider `{embedding.provider}`).\n\n"
-            "Materialising a partition embeds its pending rows only: those whose stored "
-            "fingerprint is not the one that their text calls for now. Rows that are up to date "
-            "are neither read nor sent. Safe to run at any time, and to run again."
-        ),
+        description=descriptions.embedding_description(table, embedding),
     )
     def embed(context: dg.AssetExecutionContext, config: EmbedConfig) -> None:
         from embedding_pipeline.backfill import BackfillError
@@ -154,7 +186,7 @@ def embedding_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefi
                 column,
                 partitions,
                 config.options(table, embedding),
-                run_id=context.run_id,
+                run_id=context.run.run_id,
                 report=context.log.info,
                 on_progress=progress,
             )
@@ -169,27 +201,56 @@ def embedding_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefi
             raise dg.Failure(str(error), metadata={LEASE_HELD: True}, allow_retries=False) from None
         except PipelineError as error:
             raise failure(error) from None
-        rows = _rows_by_partition(column)
+        with connect() as connection:
+            rows = count_rows(connection, column)
+            read = read_columns(connection, column)
+            pending = count_kinds(connection, column).pending
+            seen = table_figures(connection, [column], rows)
         for partition in partitions:
             context.add_asset_metadata(
-                _partition_metadata(partition, run, rows), partition_key=partition
+                {**_partition_metadata(partition, run, rows), "pending": pending},
+                partition_key=partition,
             )
+        # on every partition, since the UI reads them from whichever Dagster recorded last
+        context.add_asset_metadata(
+            {
+                "dagster/column_schema": embedding_schema(column, read),
+                "dagster/column_lineage": column_lineage(column, read),
+            }
+        )
+        context.log_event(dg.AssetObservation(names.source_key(table), metadata=seen))
+        context.log.info("%s: %s", column, summary(run, pending))
         if run.outcome.stopped:
             context.log.warning("%s stopped early: %s", column, run.outcome.stopped)
 
     return embed
 
 
-def _rows_by_partition(column: Column) -> dict[str, int]:
-    with connect() as connection:
-        if estimated_rows(connection, column) > COUNTED_ROWS:
-            return {}
-        return dict(partitions_in_data(connection, column))
+def summary(run: "ColumnRun", pending: int) -> str:
+    """A run in a sentence or two for its log; `pending` is the whole column's."""
+    outcome, total = run.outcome, run.outcome.total
+    left = f"{pending:,} rows of the column are pending" if pending else "nothing is pending now"
+    if not total.read:
+        return f"every row had its vector already, nothing was sent; {left}"
+    notes = [
+        f"{count:,} {what}"
+        for count, what in (
+            (total.reused, "took a vector that exists"),
+            (total.cleared, "lost theirs, having no text any more"),
+            (total.superseded, "were edited meanwhile"),
+            (total.locked, "were held by somebody"),
+            (total.quarantined, "were refused and are quarantined"),
+        )
+        if count
+    ]
+    return (
+        f"{total.embedded:,} rows embedded in {outcome.seconds:.1f} s with {outcome.tokens:,} "
+        f"tokens for ${outcome.cost:.4f} (forecast ${run.forecast:.4f})"
+        f"{'; ' if notes else ''}{', '.join(notes)}; {left}"
+    )
 
 
-def _partition_metadata(
-    partition: str, run: "ColumnRun", rows: dict[str, int]
-) -> dict[str, int | float | str | dg.MetadataValue]:
+def _partition_metadata(partition: str, run: "ColumnRun", rows: dict[str, int] | None) -> Metadata:
     """One partition's figures. Tokens and cost of shared requests are split by rows embedded,
     so that summing over partitions gives the run's."""
     from embedding_pipeline.backfill import Counts
@@ -197,7 +258,7 @@ def _partition_metadata(
     counts = run.outcome.partitions.get(partition, Counts())
     total = run.outcome.total.embedded
     share = counts.embedded / total if total else 0.0
-    metadata: dict[str, int | float | str | dg.MetadataValue] = {
+    metadata: Metadata = {
         "embedded": counts.embedded,
         "reused": counts.reused,
         "cleared": counts.cleared,
@@ -211,19 +272,27 @@ def _partition_metadata(
         "forecast_usd": run.forecast * share,
         **_run_metadata(run.outcome),
     }
-    if partition in rows:
-        metadata["dagster/partition_row_count"] = rows[partition]
+    if rows is not None:
+        metadata["dagster/partition_row_count"] = rows.get(partition, 0)
+        metadata["dagster/row_count"] = sum(rows.values())
     if partition in run.held:
         metadata["held_by_run"] = run.held[partition].run_id or "outside Dagster"
     return metadata
 
 
-def _run_metadata(outcome: "Outcome") -> dict[str, int | float | str | dg.MetadataValue]:
-    metadata: dict[str, int | float | str | dg.MetadataValue] = {
+def _run_metadata(outcome: "Outcome") -> Metadata:
+    """The whole run's figures, the same on each of its partitions: what plots over time.
+
+    Plotted by event, a run's partitions lie on one another; figures that were split among them
+    would make a saw of every run.
+    """
+    metadata: Metadata = {
         "rows_per_second": round(outcome.total.written / outcome.seconds, 1)
         if outcome.seconds
         else 0.0,
         "run_seconds": round(outcome.seconds, 3),
+        "run_tokens": outcome.tokens,
+        "run_cost_usd": round(outcome.cost, 6),
         "run_requests": outcome.requests,
         "run_throttled": outcome.throttled,
         "run_retried": outcome.retried,
@@ -255,11 +324,8 @@ def index_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefiniti
         group_name=table.asset_name,
         kinds={"postgres", "hnsw"},
         owners=table.owners,
-        description=(
-            f"The HNSW index (cosine) on `{table.table}.{embedding.column}`. Materialising it "
-            "builds the index CONCURRENTLY when it is missing or invalid and leaves a valid one "
-            "alone."
-        ),
+        metadata={"dagster/table_name": table.table, **readme()},
+        description=descriptions.index_description(table, embedding),
     )
     def build(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
         from embedding_pipeline.store.indexes import build_hnsw
@@ -298,18 +364,15 @@ def quality_asset(file: TableFile) -> dg.AssetsDefinition:
         group_name=table.asset_name,
         kinds={"postgres", "evaluation"},
         owners=table.owners,
-        description=(
-            f"How well search finds what it should in `{table.table}`: the golden set's queries "
-            "run against every embedding column, exactly and through the index. Query vectors "
-            "are cached, so evaluating again costs nothing."
-        ),
+        metadata={"dagster/table_name": table.table, **readme()},
+        description=descriptions.quality_description(table),
     )
     def evaluate(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
         from embedding_pipeline.components.quality import evaluate_table
 
         tag_process(context.instance, context.run)
         try:
-            return dg.MaterializeResult(metadata=evaluate_table(file, context.run_id))
+            return dg.MaterializeResult(metadata=evaluate_table(file, context.run.run_id))
         except PipelineError as error:
             raise failure(error) from None
 

@@ -16,7 +16,9 @@ import psycopg
 from psycopg import sql
 
 from embedding_pipeline.components import names
-from embedding_pipeline.components.assets import COUNTED_ROWS, bind_column
+from embedding_pipeline.components.assets import bind_column
+from embedding_pipeline.components.descriptions import check_descriptions
+from embedding_pipeline.components.table_metadata import COUNTED_ROWS
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.spec import EmbeddingSpec, TableSpec
 from embedding_pipeline.spec_files import TableFile
@@ -67,38 +69,14 @@ def column_checks(file: TableFile, embedding: EmbeddingSpec) -> list[dg.AssetChe
 
     Two steps, the second after the evaluation: a step costs a run a quarter of a second of events.
     """
-    minutes = embedding.max_pending_minutes
-    against = (
-        f" and {embedding.baseline_ratio:g} × {embedding.baseline}" if embedding.baseline else ""
-    )
+    says = check_descriptions(embedding)
     rows = [
-        _Check(
-            "coverage",
-            "Every eligible row has the vector that its text calls for. Missing and stale rows "
-            f"are a warning at first and an error once they have been pending for {minutes:g} "
-            "minutes; a quarantined share above "
-            f"{embedding.max_quarantined_share:.1%} is an error.",
-            _coverage,
-        ),
-        _Check(
-            "vectors_valid",
-            "No vector is all zeros (a cosine index leaves those out silently), and texts that "
-            "differ have vectors that differ.",
-            _vectors_valid,
-        ),
+        _Check("coverage", says["coverage"], _coverage),
+        _Check("vectors_valid", says["vectors_valid"], _vectors_valid),
     ]
     retrieval = [
-        _Check(
-            "golden_mrr",
-            f"MRR@5 on the golden set is at least {embedding.mrr_floor:g}{against}.",
-            partial(_golden_mrr, file),
-        ),
-        _Check(
-            "index_recall",
-            f"The HNSW index finds at least {embedding.recall_floor:.0%} of what an exact search "
-            "finds.",
-            partial(_index_recall, file),
-        ),
+        _Check("golden_mrr", says["golden_mrr"], partial(_golden_mrr, file)),
+        _Check("index_recall", says["index_recall"], partial(_index_recall, file)),
     ]
     return [
         _checks(file, embedding, "rows", rows, []),

@@ -11,8 +11,9 @@ from embedding_pipeline.embed_column import make_embedder
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.evaluation.evaluate import evaluate_column
 from embedding_pipeline.evaluation.golden_set import GoldenSet, load_golden_set
-from embedding_pipeline.evaluation.history import history, latest
-from embedding_pipeline.evaluation.report import quality_report
+from embedding_pipeline.evaluation.history import Point, history, latest, mrr_over_time
+from embedding_pipeline.evaluation.plot import mrr_plot
+from embedding_pipeline.evaluation.report import HISTORY, quality_report
 from embedding_pipeline.evaluation.result import Evaluation
 from embedding_pipeline.settings import load_settings
 from embedding_pipeline.spec_files import TableFile
@@ -21,6 +22,8 @@ from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import connect
 from embedding_pipeline.store.registry import verify
 
+PLOTTED_EVALUATIONS = 100
+"""So many of a column's newest evaluations stand in the plot of the report."""
 PLOTTED = ("mrr_at_5", "hit_at_1", "ndcg_at_10", "p50_ms", "p95_ms", "index_recall")
 
 
@@ -63,6 +66,7 @@ def evaluate_table(
     evaluations: list[Evaluation] = []
     problems: dict[str, PipelineError] = {}
     histories: dict[str, list[Evaluation]] = {}
+    plotted: dict[str, list[Point]] = {}
     with connect() as connection:
         for column in bind_columns(connection, file.spec):
             name = column.embedding.column
@@ -72,15 +76,19 @@ def evaluate_table(
                 problems[name] = error
                 continue
             evaluations.append(evaluation)
-            histories[name] = history(connection, column, 20)
+            histories[name] = history(connection, column, HISTORY)
+            plotted[name] = mrr_over_time(connection, column, PLOTTED_EVALUATIONS)
             for figure in PLOTTED:
                 value = getattr(evaluation, figure)
                 if value is not None:
-                    metadata[f"{name}_{figure}"] = float(value)
+                    metadata[f"{name}_{figure}"] = round(float(value), 4)
     if problems and not evaluations:
         raise next(iter(problems.values()))
     baselines = {item.column: item.baseline for item in file.spec.embeddings if item.baseline}
-    report = quality_report(file.spec.table, evaluations, baselines, histories)
+    floors = {item.column: item.mrr_floor for item in file.spec.embeddings}
+    report = quality_report(
+        file.spec.table, evaluations, baselines, histories, plot=mrr_plot(plotted, floors)
+    )
     for name, problem in problems.items():
         report += f"\n\n**`{name}`**: {problem}"
     metadata["report"] = dg.MetadataValue.md(report)

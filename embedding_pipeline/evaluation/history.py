@@ -1,5 +1,7 @@
 """Evaluations in the database: one row of `golden_set_result` each."""
 
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import psycopg
@@ -66,6 +68,30 @@ def latest(connection: "psycopg.Connection[Any]", column: Column) -> Evaluation 
     """The newest evaluation of the column as it is now: of its present recipe."""
     found = _read(connection, column, 1, column.embedding.recipe)
     return found[0] if found else None
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a plot over time shows of one evaluation."""
+
+    evaluated_at: datetime
+    mrr_at_5: float
+    golden_set_hash: str
+
+
+def mrr_over_time(connection: "psycopg.Connection[Any]", column: Column, limit: int) -> list[Point]:
+    """The newest evaluations of a column that have a figure, oldest first.
+
+    Without their queries, which are a hundred kilobytes each.
+    """
+    rows = connection.execute(
+        "SELECT evaluated_at, mrr_at_5, coalesce(details ->> 'golden_set_hash', '')"
+        " FROM embedding_pipeline.golden_set_result"
+        " WHERE table_schema = $1 AND table_name = $2 AND column_name = $3"
+        " AND mrr_at_5 IS NOT NULL ORDER BY evaluated_at DESC, id DESC LIMIT $4",
+        [column.facts.schema, column.facts.name, column.embedding.column, limit],
+    )
+    return [Point(*row) for row in rows][::-1]
 
 
 def _read(

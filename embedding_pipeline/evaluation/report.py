@@ -8,8 +8,16 @@ from embedding_pipeline.evaluation.compare import compare
 from embedding_pipeline.evaluation.keys import Key, show_key
 from embedding_pipeline.evaluation.result import Evaluation, QueryResult
 
+LEGEND = (
+    "MRR@5 is the mean of 1 / rank of the first expected row among the first five, hit@1 the share "
+    "of queries whose first row is expected; 1 is perfect for both. p95: 95 % of searches ended "
+    "within it. In brackets: the difference to the baseline."
+)
+
 WORST = 10
 HISTORY = 10
+LIKELY_CHANCE = 0.05
+"""A p-value above it says no more than that the two columns may be equally good."""
 _LONGEST = 90
 _MARKUP = re.compile(r"([\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 """What means something in the middle of a line, where escaped text always stands. An underscore
@@ -23,6 +31,7 @@ def quality_report(
     histories: Mapping[str, Sequence[Evaluation]] | None = None,
     *,
     not_evaluated: Mapping[str, str] | None = None,
+    plot: str | None = None,
     worst: int = WORST,
 ) -> str:
     """Columns by figures, the queries that went worst, and earlier evaluations.
@@ -30,11 +39,20 @@ def quality_report(
     `latest` has the newest evaluation of each column, in the order of the report; `baselines`
     maps a column to its baseline's column, `histories` a column to its evaluations, the newest
     ten of which are shown, and `not_evaluated` a column without an evaluation to the reason.
+    `plot` is the `data:` URI of a picture of MRR@5 over time.
     Users' texts are escaped: nothing in them is Markdown or HTML in the report.
     """
     parts = [f"## Retrieval quality of {escape(table)}"]
     parts.append(_figures(latest, baselines or {}, not_evaluated or {}))
-    parts.extend(_notes(latest))
+    if latest:
+        parts.append(LEGEND)
+    parts.extend(_notes(latest, baselines or {}))
+    if plot is not None:
+        parts.append(
+            "### MRR@5 over time\n\n"
+            f"![MRR@5 of each column over time]({plot})\n\n"
+            "Dashed: the least that the YAML asks for. Dotted: the golden set changed."
+        )
     if latest:
         parts.append(_worst_queries(latest, worst))
     if any((histories or {}).values()):
@@ -79,8 +97,8 @@ def _figures(
                 _ratio(evaluation, baseline) if name else "",
                 _figure(evaluation.index_mrr_at_5),
                 _figure(evaluation.index_recall),
-                _pair(evaluation.p50_ms, evaluation.p95_ms),
-                _pair(evaluation.index_p50_ms, evaluation.index_p95_ms),
+                _figure(evaluation.p95_ms, 1),
+                _figure(evaluation.index_p95_ms, 1),
                 str(evaluation.scored),
                 _percent(evaluation.coverage),
             ]
@@ -91,15 +109,20 @@ def _figures(
     ]
     return _table(
         ["column", "model", "MRR@5", "hit@1", "nDCG@10", "of baseline", "MRR@5 by index",
-         "index recall", "exact p50 / p95 ms", "index p50 / p95 ms", "queries", "coverage"],
+         "index recall", "p95 ms", "p95 ms by index", "queries", "coverage"],
         rows,
     )  # fmt: skip
 
 
-def _notes(latest: Sequence[Evaluation]) -> list[str]:
+def _notes(latest: Sequence[Evaluation], baselines: Mapping[str, str]) -> list[str]:
+    by_column = {evaluation.column_name: evaluation for evaluation in latest}
     notes = []
     for evaluation in latest:
         column = escape(evaluation.column_name)
+        baseline = by_column.get(baselines.get(evaluation.column_name, ""))
+        if baseline and baseline.golden_set_hash == evaluation.golden_set_hash:
+            compared = _compared(evaluation, baseline)
+            notes += [compared] if compared else []
         if evaluation.missing_expected:
             notes.append(
                 f"- {column}: {evaluation.missing_expected} of {evaluation.queries} queries are "
@@ -121,13 +144,28 @@ def _notes(latest: Sequence[Evaluation]) -> list[str]:
 def _ratio(evaluation: Evaluation, baseline: Evaluation | None) -> str:
     if baseline is None:
         return "–"
-    comparison = compare(evaluation, baseline)
-    if comparison.ratio is None or comparison.p_value is None:
-        return "–"
-    return (
-        f"{comparison.ratio:.2f} (+{comparison.wins} −{comparison.losses}, "
-        f"p = {comparison.p_value:.2f})"
+    return _figure(compare(evaluation, baseline).ratio, 2)
+
+
+def _compared(evaluation: Evaluation, baseline: Evaluation) -> str | None:
+    """How a column stands beside its baseline, query by query."""
+    found = compare(evaluation, baseline)
+    if found.ratio is None or found.p_value is None:
+        return None
+    chance = (
+        "which chance explains well"
+        if found.p_value > LIKELY_CHANCE
+        else "which chance hardly explains"
     )
+    return (
+        f"- {escape(evaluation.column_name)}: {_queries(found.wins)} better and "
+        f"{found.losses} worse than in {escape(baseline.column_name)}, {chance} "
+        f"(p = {found.p_value:.2f})"
+    )
+
+
+def _queries(count: int) -> str:
+    return f"{count} {'query' if count == 1 else 'queries'}"
 
 
 def _worst_queries(latest: Sequence[Evaluation], worst: int) -> str:
@@ -232,18 +270,14 @@ def _rank(result: QueryResult | None) -> str:
     return "pending" if result.pending else "> 10"
 
 
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _figure(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def _with_delta(value: float | None, baseline: float | None) -> str:
     if value is None or baseline is None:
         return _figure(value)
     return f"{value:.3f} ({value - baseline:+.3f})"
-
-
-def _pair(low: float | None, high: float | None) -> str:
-    return "–" if low is None or high is None else f"{low:.1f} / {high:.1f}"
 
 
 def _percent(value: float | None) -> str:

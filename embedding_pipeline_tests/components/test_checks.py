@@ -300,7 +300,7 @@ def test_in_an_embedding_run_a_large_table_is_not_scanned(
     sampled = 2000
     monkeypatch.setattr(subject, "SAMPLED_KEYS", sampled)
     # nor by the asset itself, which has its own limit
-    monkeypatch.setattr("embedding_pipeline.components.assets.COUNTED_ROWS", 1000)
+    monkeypatch.setattr("embedding_pipeline.components.table_metadata.COUNTED_ROWS", 1000)
     connection.execute(
         "INSERT INTO docs (id, body, tenant) SELECT i, 'row ' || i, 'a'"
         " FROM generate_series(1001, 21000) AS i"
