@@ -9,12 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import psycopg
 
-from embedding_pipeline.embedders.endpoints import load_endpoints
-from embedding_pipeline.embedders.port import Endpoint
 from embedding_pipeline.settings import Settings, load_settings
 from embedding_pipeline.spec import EmbeddingSpec
 from embedding_pipeline.store import sqlfiles
@@ -30,6 +28,9 @@ from embedding_pipeline.store.spending import (
     spending_today,
 )
 
+if TYPE_CHECKING:
+    from embedding_pipeline.embedders.port import Endpoint
+
 
 @dataclass(frozen=True)
 class Held:
@@ -44,7 +45,7 @@ class Held:
 
 
 def daily_caps(
-    embedding: EmbeddingSpec, settings: Settings, endpoints: Mapping[str, Endpoint]
+    embedding: EmbeddingSpec, settings: Settings, endpoints: "Mapping[str, Endpoint]"
 ) -> DailyCaps | None:
     """The daily caps that a column's requests count towards; None where they cost nothing."""
     endpoint = endpoints.get(embedding.provider)
@@ -67,12 +68,15 @@ def held_back(
     connection: "psycopg.Connection[Any]",
     column: Column,
     settings: Settings | None = None,
-    endpoints: Mapping[str, Endpoint] | None = None,
+    endpoints: "Mapping[str, Endpoint] | None" = None,
 ) -> Held | None:
     """Why a column's pending rows are not to be embedded now; None when they are."""
     found = paused(connection, column)
     if found is not None:
         return Held("pause", str(found))
+    # numpy and what speaks to providers: loading the definitions must not wait for them
+    from embedding_pipeline.embedders.endpoints import load_endpoints
+
     settings = settings or load_settings()
     caps = daily_caps(
         column.embedding, settings, load_endpoints(settings) if endpoints is None else endpoints

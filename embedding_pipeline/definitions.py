@@ -6,6 +6,7 @@ import warnings
 import dagster as dg
 
 from embedding_pipeline.alerts.sensor import alert_sensor
+from embedding_pipeline.components.brake_jobs import pause_embedding, resume_embedding
 from embedding_pipeline.components.embedded_table import table_definitions
 from embedding_pipeline.components.retry_job import retry_quarantined
 from embedding_pipeline.errors import PipelineError
@@ -28,7 +29,7 @@ def defs() -> dg.Definitions:
         # a step of its own process costs seconds to start; the run is the unit of scaling out
         dg.Definitions(
             executor=dg.in_process_executor,
-            jobs=[retry_quarantined],
+            jobs=[retry_quarantined, pause_embedding, resume_embedding],
             sensors=[alert_sensor([file.spec for file in files])],
         ),
     )

@@ -173,6 +173,7 @@ def embed_column(
             except (PipelineError, psycopg.Error) as other:
                 report(f"{column}: what the run did could not be recorded: {other}")
             raise
+        lease.emptied = outcome.swept
         remaining = _account(url, column, RunResult(run_id, started, outcome, estimate.cost))
         if outcome.total.written >= BULK_ROWS:
             _tidy(url, column, report)

@@ -13,8 +13,9 @@ from pathlib import Path
 import dagster as dg
 
 from embedding_pipeline.backfill import TOO_DEAR, Progress
+from embedding_pipeline.brakes import Held, held_back
 from embedding_pipeline.components import names
-from embedding_pipeline.components.assets import LEASE_HELD, LISTENERS, bind_column
+from embedding_pipeline.components.assets import HELD_BY, LEASE_HELD, LISTENERS, bind_column
 from embedding_pipeline.components.decide import ColumnFacts, dead_leases, ranges
 from embedding_pipeline.components.processes import fail_dead_runs, process_tags
 from embedding_pipeline.components.sensor import QUALITY_TAG, quality_checks, reap
@@ -61,6 +62,8 @@ class Pending:
 
     rows: dict[str, int]
     held: dict[str, LeaseRow]
+    brake: Held | None = None
+    """A pause, or a cost cap that is reached."""
 
     @property
     def free(self) -> dict[str, int]:
@@ -126,9 +129,10 @@ def find_pending(instance: dg.DagsterInstance, column: Column, report: Report) -
             report(line)
         counts = count_by_partition(connection, column)
         leases = read_leases(connection, column)
+        brake = held_back(connection, column)
     names.add_partitions(instance, column.table, sorted(counts))
     held = {key: leases[key] for key in counts if key in leases and leases[key].live}
-    return Pending(counts, held)
+    return Pending(counts, held, brake)
 
 
 def embed_pending(
@@ -145,8 +149,8 @@ def embed_pending(
     """Bring a column up to date, waiting for runs that hold parts of it; fills `result`.
 
     `only` names partitions; `on_start` hears how many rows are pending. Ends when nothing is
-    pending, at the limit, at an error, or when a pass changed nothing (rows that a user's
-    transaction holds): the checks say what is left.
+    pending, at the limit, at an error, at a brake, or when a pass changed nothing (rows
+    that a user's transaction holds): the checks say what is left.
     """
     waited_for: str | None = None
     started = False
@@ -154,8 +158,15 @@ def embed_pending(
         pending = find_pending(instance, column, report)
         if only:
             rows = {key: count for key, count in pending.rows.items() if key in only}
-            pending = Pending(rows, {k: v for k, v in pending.held.items() if k in rows})
+            held = {k: v for k, v in pending.held.items() if k in rows}
+            pending = Pending(rows, held, pending.brake)
         if not pending.rows:
+            break
+        if pending.brake is not None:
+            started = True
+            result.warnings.append(
+                f"{sum(pending.rows.values()):,} rows stay pending: {pending.brake}"
+            )
             break
         if not pending.free:
             holders = sorted({lease.run_id or "outside Dagster" for lease in pending.held.values()})
@@ -213,7 +224,7 @@ def _embed(
             {"ops": {key.to_python_identifier(): {"config": run_config}}} if run_config else {},
             on_progress,
         )
-        seconds, held, too_dear = 0.0, False, False
+        seconds, held, too_dear, braked = 0.0, False, False, False
         for event in outcome.all_events:
             if event.is_step_materialization and event.asset_key == key:
                 figures = event.step_materialization_data.materialization.metadata
@@ -224,6 +235,7 @@ def _embed(
                 result.cost += _number(figures, "cost_usd")
                 seconds = _number(figures, "run_seconds")
                 too_dear = too_dear or TOO_DEAR in str(figures.get("stopped"))
+                braked = braked or HELD_BY in figures
             if event.is_failure and event.is_step_event:
                 held = _is_lease_error(event)
                 if not held:
@@ -234,6 +246,8 @@ def _embed(
                 f"stopped at its cost cap with ${result.cost:.4f} spent; the rest stays pending"
             )
             return False
+        if braked:
+            return True  # the next look finds the brake and says so
         if not outcome.success:
             return held
     return limit is None or result.embedded < limit

@@ -70,6 +70,9 @@ class Outcome:
     seconds: float = 0.0
     stopped: str | None = None
     """Why the run ended before its partitions were empty; None when it did not."""
+    swept: bool = False
+    """Every row that was pending when the run began has been dealt with: what is pending now
+    became so later."""
     held: Held | None = None
     """The brake that stopped it, where one did."""
 

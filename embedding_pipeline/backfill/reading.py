@@ -50,9 +50,11 @@ class Reader:
             todo = [key for key in todo if await self._read_partition(connection, key)]
             await self.sender.flush()
             await flow.wait_until(lambda: flow.outstanding == 0)
+            total = outcome.total
+            if not flow.ending:
+                outcome.swept |= total.locked == before.locked
             if flow.ending or not todo:
                 return
-            total = outcome.total
             idle = idle + 1 if total.done == before.done else 0
             if idle == MOST_IDLE_PASSES:
                 held = total.locked - before.locked

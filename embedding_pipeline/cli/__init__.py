@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from embedding_pipeline.cli import alerts, embedding, inspection, quarantine, schema, serving
+from embedding_pipeline.cli import (
+    alerts,
+    brakes,
+    embedding,
+    inspection,
+    quarantine,
+    schema,
+    serving,
+)
 from embedding_pipeline.cli.options import ERROR
 from embedding_pipeline.errors import PipelineError
 
@@ -60,6 +68,8 @@ for _command in (
     alerts.alert_test,
     embedding.run,
     embedding.backfill,
+    brakes.pause,
+    brakes.resume,
     inspection.status,
     inspection.evaluate,
     quarantine.retry,

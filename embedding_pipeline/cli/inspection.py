@@ -19,7 +19,9 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
     """Every column: rows, embedded, pending, quarantined, ineligible. Counts every row.
 
     Tokens and cost are those of every run so far; the last run is when the latest one ended.
+    Below: what is paused, and what today has cost of the daily caps.
     """
+    from embedding_pipeline.cli.brakes import Brakes
     from embedding_pipeline.columns import select
     from embedding_pipeline.settings import load_settings
     from embedding_pipeline.store.catalogue import bind_columns
@@ -34,6 +36,7 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
     queries = []
     environment = load_settings().embedding_pipeline_environment
     with connect() as connection:
+        brakes = Brakes(connection)
         for file, embeddings in select(declared_tables(), tables, columns):
             wanted = {embedding.column for embedding in embeddings}
             try:
@@ -71,11 +74,12 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
                         "last_run_at": used.last_run_at
                         and used.last_run_at.isoformat(timespec="seconds"),
                     }
+                    | brakes.of(column, as_json)
                 )
             if len(rows) > before and (state := read_state(connection, file.spec)) is not None:
                 queries.append(f"queries of {file.spec.table}: {state}")
     print_rows(rows, as_json)
-    for line in [] if as_json else queries:
+    for line in [] if as_json else [*brakes.lines(), *queries]:
         click.echo(line)
     for line in problems:
         click.echo(f"error: {line}", err=True)

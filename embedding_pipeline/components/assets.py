@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from pydantic import Field
 
+from embedding_pipeline.brakes import paused
 from embedding_pipeline.components import descriptions, names
 from embedding_pipeline.components.processes import tag_process
 from embedding_pipeline.components.table_metadata import (
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 LEASE_HELD = "held_by_other_runs"
 """In a failure's metadata: live runs hold all the partitions, so waiting is the answer."""
+
+HELD_BY = "held_by"
+"""In a materialisation's metadata: the brake (`pause`, `daily_cost_cap`) that stopped the run."""
 
 LOG_SECONDS = 5.0
 """How often a run says in its log where it stands."""
@@ -299,6 +303,8 @@ def _run_metadata(outcome: "Outcome") -> Metadata:
     }
     if outcome.stopped:
         metadata["stopped"] = outcome.stopped
+    if outcome.held:
+        metadata[HELD_BY] = outcome.held.by
     return metadata
 
 
@@ -334,6 +340,10 @@ def index_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefiniti
         try:
             column = bind_column(table, embedding.column)
             with connect() as connection:
+                held = paused(connection, column)
+                if held is not None:
+                    context.log.warning("%s: its index is left alone: %s", column, held)
+                    return dg.MaterializeResult(metadata={"built": False, "stopped": str(held)})
                 report = build_hnsw(connection, column, report=context.log.info)
         except PipelineError as error:
             raise failure(error) from None

@@ -5,7 +5,7 @@ the latest evaluation, or a sample; run by itself (nightly, at zero pending, or 
 and evaluates.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -15,6 +15,7 @@ import dagster as dg
 import psycopg
 from psycopg import sql
 
+from embedding_pipeline.brakes import held_back
 from embedding_pipeline.components import names
 from embedding_pipeline.components.assets import bind_column
 from embedding_pipeline.components.descriptions import check_descriptions
@@ -24,7 +25,7 @@ from embedding_pipeline.spec import EmbeddingSpec, TableSpec
 from embedding_pipeline.spec_files import TableFile
 from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import SESSION, connect
-from embedding_pipeline.store.lease import read_leases
+from embedding_pipeline.store.lease import LeaseRow, read_leases
 from embedding_pipeline.store.pending import (
     Coverage,
     count_by_partition,
@@ -189,17 +190,34 @@ def _coverage(
     since = note_pending(connection, column, bool(waiting))
     leases = read_leases(connection, column)
     elsewhere = bool(occasion.partitions) and not occasion.partitions & waiting.keys()
+    held = held_back(connection, column)
     verdict = coverage_verdict(
         counts,
-        pending_since=since,
+        pending_since=_oldest(since, waiting, leases),
         now=datetime.now(UTC),
         max_pending_minutes=column.embedding.max_pending_minutes,
         max_quarantined_share=column.embedding.max_quarantined_share,
         in_flight=any(key in leases and leases[key].live for key in waiting),
         limited=occasion.stopped or elsewhere,
+        held=str(held) if held else None,
     )
     verdict.metadata["rows_estimated"] = not exact
     return verdict
+
+
+def _oldest(
+    noted: datetime | None, waiting: Iterable[str], leases: Mapping[str, LeaseRow]
+) -> datetime | None:
+    """Since when, at the earliest, one of these partitions' rows can have been pending.
+
+    A table that is written to all the time is never seen without a pending row, though none
+    waits for long: what a partition's last run found has been dealt with, what is pending there
+    now came later.
+    """
+    if noted is None:
+        return None
+    emptied = [lease.emptied_at if (lease := leases.get(key)) else None for key in waiting]
+    return min((max(noted, at or noted) for at in emptied), default=noted)
 
 
 def _golden_mrr(

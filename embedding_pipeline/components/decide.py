@@ -42,6 +42,8 @@ class ColumnFacts:
     in_flight: Sequence[RunInFlight] = ()
     problem: str | None = None
     """Why the column's runs are stopped (another recipe, a failed query); pending is not known."""
+    held: str | None = None
+    """The brake that is on: a pause, or a cost cap that is reached."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ def decide(columns: Sequence[ColumnFacts], order: Sequence[str], rows_per_run: i
         if facts.problem is not None:
             reasons.append(f"{facts.column}: stopped: {facts.problem}")
             continue
+        if facts.held is not None:
+            reasons.append(f"{facts.column}: {facts.held} ({_rows(facts)} pending)")
+            continue
         if not facts.pending:
             reasons.append(f"{facts.column}: nothing pending")
             continue
@@ -86,6 +91,11 @@ def decide(columns: Sequence[ColumnFacts], order: Sequence[str], rows_per_run: i
         reasons += why
         requests += ranges(facts.column, {k: facts.pending[k] for k in free}, order, rows_per_run)
     return Decision(_together(requests), reasons)
+
+
+def _rows(facts: ColumnFacts) -> str:
+    count = sum(facts.pending.values())
+    return f"{count:,} row{'s' * (count != 1)}"
 
 
 def _together(requests: Sequence[Request]) -> list[Request]:

@@ -14,6 +14,7 @@ from typing import Any
 import dagster as dg
 import psycopg
 
+from embedding_pipeline.brakes import held_back
 from embedding_pipeline.components import names
 from embedding_pipeline.components.decide import (
     ColumnFacts,
@@ -91,7 +92,8 @@ def table_sensor(file: TableFile) -> dg.SensorDefinition:
             f"Embeds new and changed rows of `{table.table}` within seconds of their commit. Each "
             "tick counts pending rows by partition (at a cost of what is pending), requests runs "
             "for partitions that nobody works on, takes over from runs that died, and evaluates "
-            "the table when all its columns are complete. A tick that requests nothing says why."
+            "the table when all its columns are complete. What is paused or has reached its daily "
+            "cost cap is left alone. A tick that requests nothing says why."
         ),
     )
     def sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
@@ -168,11 +170,12 @@ def _column_facts(
             leases = read_leases(connection, column)
         pending = count_by_partition(connection, column)
         note_pending(connection, column, bool(pending))
+        held = held_back(connection, column)
     except psycopg.Error as error:
         message = f"{name}: {str(error).strip()}"
         errors.append(message)
         return ColumnFacts(name, {}, problem=f"its pending rows could not be read: {error}")
-    return ColumnFacts(name, pending, leases)
+    return ColumnFacts(name, pending, leases, held=str(held) if held else None)
 
 
 def reap(
@@ -292,7 +295,9 @@ def _wants_evaluation(
     )
     requested = time.time() - latest[0].create_timestamp.timestamp() if latest else None
     return wants_evaluation(
-        settled=all(not item.pending and item.problem is None for item in facts),
+        settled=all(
+            not item.pending and item.problem is None and item.held is None for item in facts
+        ),
         changed=bool(changed),
         seconds_since_evaluated=since,
         seconds_since_requested=requested,

@@ -321,15 +321,17 @@ def coverage_verdict(
     max_quarantined_share: float,
     in_flight: bool = False,
     limited: bool = False,
+    held: str | None = None,
     reason: str | None = None,
 ) -> Verdict:
     """Missing and stale rows, and how long they have been pending.
 
     `pending_since` is when the column was last seen without a pending row, None when nobody
     noted it (taken as: just now). Pending rows are a warning while a run is at work on them
-    (`in_flight`), after a run that was asked for a part only (`limited`), and until
-    `max_pending_minutes` have passed; then an error. Quarantined rows are an error past their
-    share of the eligible ones. `counts` is None (for `reason`) when counting failed.
+    (`in_flight`), while a brake is on that somebody chose (`held`: a pause, a cost cap), after a
+    run that was asked for a part only (`limited`), and until `max_pending_minutes` have passed;
+    then an error. Quarantined rows are an error past their share of the eligible ones. `counts`
+    is None (for `reason`) when counting failed.
     """
     if counts is None:
         return not_evaluated(reason or "the rows could not be counted")
@@ -375,6 +377,8 @@ def coverage_verdict(
     )
     if in_flight:
         return Verdict("failed", "warn", f"{pending}; a run is at work on them", metadata)
+    if held:
+        return Verdict("failed", "warn", f"{pending}; {held}", metadata)
     if limited:
         return Verdict("failed", "warn", f"{pending}; the run was limited to a part", metadata)
     if waiting is None or waiting <= timedelta(minutes=max_pending_minutes):

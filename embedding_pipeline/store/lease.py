@@ -47,6 +47,8 @@ class LeaseRow:
     waiting_seconds: float
     """Seconds until the back-off after a failure ends; 0 when there is none."""
     last_error: str | None
+    emptied_at: datetime | None = None
+    """Whatever was pending in the partition at that time has been dealt with since."""
 
 
 def read_leases(connection: "psycopg.Connection[Any]", column: Column) -> dict[str, LeaseRow]:
@@ -56,8 +58,8 @@ def read_leases(connection: "psycopg.Connection[Any]", column: Column) -> dict[s
         " released_at IS NULL AND heartbeat_at > now() - make_interval(secs => $4::float8),"
         " released_at IS NULL AND heartbeat_at <= now() - make_interval(secs => $4::float8),"
         " failures, not_before,"
-        " greatest(extract(epoch FROM coalesce(not_before, now()) - now()), 0)::float8, last_error"
-        " FROM embedding_pipeline.lease"
+        " greatest(extract(epoch FROM coalesce(not_before, now()) - now()), 0)::float8, last_error,"
+        " emptied_at FROM embedding_pipeline.lease"
         " WHERE table_schema = $1 AND table_name = $2 AND column_name = $3",
         [*_names(column), LAPSE_SECONDS],
     ).fetchall()
@@ -101,6 +103,8 @@ class Lease:
         self.column = column
         self.wanted = list(partitions)
         self.partitions: list[str] = []
+        self.emptied = False
+        """Set it when everything that was pending when the lease was taken is dealt with."""
         self.lost = threading.Event()
         self._url = url
         self._run_id = run_id
@@ -186,6 +190,7 @@ class Lease:
     def _release(self, connection: "psycopg.Connection[Any]", error: str | None) -> None:
         connection.execute(
             "UPDATE embedding_pipeline.lease SET released_at = now(), last_error = $5,"
+            " emptied_at = CASE WHEN $8::boolean THEN acquired_at ELSE emptied_at END,"
             " failures = CASE WHEN $5::text IS NULL THEN 0 ELSE failures + 1 END,"
             " not_before = CASE WHEN $5::text IS NULL THEN NULL ELSE now() + make_interval("
             " secs => least($7::float8, $6::float8 * (2 ^ least(failures, 20)))) END"
@@ -196,6 +201,7 @@ class Lease:
                 error,
                 BACKOFF_SECONDS,
                 LONGEST_BACKOFF_SECONDS,
+                self.emptied,
             ],
         )
 

@@ -40,8 +40,8 @@ class Said:
 class Project:
     """One table in Dagster, with an instance of its own."""
 
-    def __init__(self, file: TableFile, column: Column, database: str) -> None:
-        self.file, self.column, self.database = file, column, database
+    def __init__(self, file: TableFile, column: Column, database: str, server: FaultServer) -> None:
+        self.file, self.column, self.database, self.server = file, column, database, server
         self.instance = dg.DagsterInstance.ephemeral()
         self.key = names.column_key(file.spec, column.embedding)
         self.index = names.index_key(file.spec, column.embedding)
@@ -116,7 +116,7 @@ def project(
     lines = [{"query": f"text number {n}", "expected": [n]} for n in range(1, 21)]
     (tmp_path / "golden_set.jsonl").write_text("\n".join(map(json.dumps, lines)))
     column = make_column(connection, table)
-    return Project(TableFile(table, tmp_path / "defs.yaml"), column, database)
+    return Project(TableFile(table, tmp_path / "defs.yaml"), column, database, server)
 
 
 @pytest.fixture
@@ -129,7 +129,8 @@ def complete(project: Project) -> Project:
 
 
 def since(connection: Connection, hours: int) -> None:
-    """As if the column had been pending for so long."""
+    """As if the column had been pending for so long, and no run had come since."""
+    connection.execute("UPDATE embedding_pipeline.lease SET emptied_at = NULL")
     connection.execute(
         "UPDATE embedding_pipeline.embedding_column"
         f" SET pending_since = now() - interval '{hours} h'".encode()
@@ -259,6 +260,35 @@ def test_the_first_of_many_tenants_is_a_warning(project: Project, connection: Co
 def test_a_live_writers_rows_are_a_warning(complete: Project, connection: Connection) -> None:
     connection.execute("INSERT INTO docs (id, body, tenant) VALUES (100, 'just now', 'a')")
     assert complete.nightly("coverage")["coverage"].severity == "WARN"
+
+
+def test_a_table_that_is_never_seen_complete_but_whose_rows_never_wait_is_calm(
+    complete: Project, connection: Connection
+) -> None:
+    """A writer that adds rows all day: each is embedded within seconds, and always one is not."""
+
+    def write(number: int) -> None:
+        connection.execute(
+            "INSERT INTO docs (id, body, tenant) VALUES ($1, 'row ' || $1, 'a')", [number]
+        )
+
+    for number in range(100, 105):
+        write(number)
+    complete.nightly("coverage")
+    since(connection, 24)
+    assert complete.nightly("coverage")["coverage"].severity == "ERROR"
+    complete.server.rule = lambda *_: write(complete.server.count.requests + 1000)
+    complete.embed("a", config={"limit": 2}, checks=())
+    assert complete.nightly("coverage")["coverage"].severity == "ERROR", "it did not reach the end"
+
+    complete.embed("a", checks=())
+    assert complete.pending()
+    said = complete.nightly("coverage")["coverage"]
+    assert said.severity == "WARN"
+    assert "for less than 60 minutes" in said.words
+
+    connection.execute("UPDATE embedding_pipeline.lease SET emptied_at = now() - interval '2 h'")
+    assert complete.nightly("coverage")["coverage"].severity == "ERROR", "nobody came for a day"
 
 
 def test_rows_that_a_running_backfill_holds_are_a_warning(

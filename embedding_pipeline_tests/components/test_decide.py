@@ -369,3 +369,18 @@ def test_when_a_table_is_evaluated(
         )
         is wanted
     )
+
+
+# ---- brakes -----------------------------------------------------------------------------------
+
+
+def test_a_brake_lets_nothing_start_and_is_named_with_what_waits() -> None:
+    held = replace(facts("held", p01=1200, p02=34), held="paused since Monday by anna")
+    decision = decide([held, facts("free", p01=1)], ORDER, 100_000)
+    assert [request.columns for request in decision.requests] == [("free",)]
+    assert decision.reasons == ["held: paused since Monday by anna (1,234 rows pending)"]
+
+
+def test_a_brake_is_named_though_nothing_is_pending() -> None:
+    decision = decide([replace(facts(), held="paused")], ORDER, 100_000)
+    assert decision == Decision([], ["e: paused (0 rows pending)"])
