@@ -175,9 +175,9 @@ def open_incidents(connection: Connection, environment: str) -> list[OpenInciden
 
 
 def recent_roots(connection: Connection, environment: str) -> list[Root]:
-    """Incidents that ended a short while ago, and what had waited because of them."""
+    """Incidents that are open or ended a short while ago, and what waited because of them."""
     rows = connection.execute(
-        sqlfiles.query("alerts/recovered"), [environment, CATCHING_UP_SECONDS]
+        sqlfiles.query("alerts/roots"), [environment, CATCHING_UP_SECONDS]
     ).fetchall()
     return [Root(Kind(kind), _problem(details).affected) for kind, details in rows]
 

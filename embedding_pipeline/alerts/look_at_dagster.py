@@ -5,6 +5,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import dagster as dg
+from dagster._core.definitions.asset_checks.asset_check_evaluation import (
+    AssetCheckEvaluationPlanned,
+)
 from dagster._core.storage.asset_check_execution_record import (
     AssetCheckExecutionRecord,
     AssetCheckExecutionRecordStatus,
@@ -146,7 +149,7 @@ def look_at_runs(
     state = {facts.name: facts for facts in columns}
     found: dict[str, FailedRun] = {}
     for record in sorted(records.values(), key=lambda each: each.update_timestamp, reverse=True):
-        work = _work(record.dagster_run, tables, set(jobs))
+        work = _work(instance, record.dagster_run, tables, set(jobs))
         if work is None or work.name in found or record.dagster_run.run_id in closed:
             continue
         error, died = _what_happened(instance, record.dagster_run)
@@ -169,28 +172,59 @@ def look_at_runs(
     return list(found.values())
 
 
-def _work(run: dg.DagsterRun, tables: Sequence[TableSpec], jobs: set[str]) -> _Work | None:
+def _work(
+    instance: dg.DagsterInstance,
+    run: dg.DagsterRun,
+    tables: Sequence[TableSpec],
+    jobs: set[str],
+) -> _Work | None:
     """None for a run that is not this project's."""
-    selected = set(run.asset_selection or ())
-    selected |= {key.asset_key for key in run.asset_check_selection or ()}
+    assets, checked = _selection(instance, run)
+    selected = assets | checked
     for table in tables:
         columns = {names.column_key(table, each): each.column for each in table.embeddings}
         indexes = [names.index_key(table, each) for each in table.embeddings]
         quality = names.quality_key(table)
         if not selected & {*columns, *indexes, quality}:
             continue
-        run_assets = set(run.asset_selection or ())
-        filled = [column for key, column in columns.items() if key in run_assets]
+        filled = [column for key, column in columns.items() if key in assets]
         parts = list(filled)
-        parts += ["indexes"] if run_assets & set(indexes) else []
-        parts += ["evaluation"] if quality in run_assets else []
+        parts += ["indexes"] if assets & set(indexes) else []
+        parts += ["evaluation"] if quality in assets else []
         return _Work(
             table,
             f"{table.table}: {', '.join(parts) or 'checks'}",
             frozenset(f"{table.table}.{column}" for column in filled),
-            tuple(key for key in (*indexes, quality) if key in run_assets),
+            tuple(key for key in (*indexes, quality) if key in assets),
         )
     return _Work(None, run.job_name, frozenset(), ()) if run.job_name in jobs else None
+
+
+def _selection(
+    instance: dg.DagsterInstance, run: dg.DagsterRun
+) -> tuple[set[dg.AssetKey], set[dg.AssetKey]]:
+    """Assets that a run was to materialise, and those that it was to check.
+
+    A run that a command executes in its own process does not note its selection; its plan does.
+    """
+    if run.asset_selection or run.asset_check_selection:
+        checked = {key.asset_key for key in run.asset_check_selection or ()}
+        return set(run.asset_selection or ()), checked
+    kinds = {
+        dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED,
+        dg.DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED,
+    }
+    filled: set[dg.AssetKey] = set()
+    checked = set()
+    for record in instance.get_records_for_run(run.run_id, of_type=kinds, limit=1000).records:
+        event = record.event_log_entry.dagster_event
+        if event is None:
+            continue
+        if event.event_type is dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED:
+            filled.add(event.asset_materialization_planned_data.asset_key)
+        elif isinstance(event.event_specific_data, AssetCheckEvaluationPlanned):
+            checked.add(event.event_specific_data.asset_key)
+    return filled, checked
 
 
 def _what_happened(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[str | None, bool]:

@@ -90,24 +90,26 @@ class Findings:
 
 @dataclass(frozen=True)
 class Root:
-    """A root cause that was open a while ago; work that waited for it is being caught up."""
+    """An incident that was open a while ago; work that waited for it is being caught up."""
 
     kind: Kind
     affected: frozenset[str]
 
 
-def without_consequences(findings: Findings, recovered: Sequence[Root] = ()) -> Findings:
+def without_consequences(findings: Findings, roots: Sequence[Root] = ()) -> Findings:
     """Leave out what another problem explains: one cause is one alert.
 
     Rows that wait because their provider is down are not a second incident, nor is the run that
-    failed for it. `recovered` are root causes that ended a short while ago. What is left out
-    counts as unknown: an incident of it that is open already stays open.
+    failed for it. `roots` are incidents that were open at the last look or ended a short while ago:
+    what waited for them is being caught up. What is left out counts as unknown: an incident of it
+    that is open already stays open.
     """
     kept: list[Problem] = []
     unknown = set(findings.unknown)
     for problem in findings.problems:
         if any(_explains(other, problem) for other in findings.problems) or any(
-            _is_consequence(problem, root.kind, root.affected) for root in recovered
+            root.kind is not problem.kind and _is_consequence(problem, root.kind, root.affected)
+            for root in roots
         ):
             unknown.add(problem.key)
         else:

@@ -7,6 +7,22 @@ from typing import Any
 
 import dagster as dg
 import psycopg
+from dagster._core.remote_origin import (
+    ManagedGrpcPythonEnvCodeLocationOrigin,
+    RemoteInstigatorOrigin,
+    RemoteRepositoryOrigin,
+)
+from dagster._core.scheduler.instigation import (
+    InstigatorState,
+    InstigatorStatus,
+    InstigatorType,
+    ScheduleInstigatorData,
+    SensorInstigatorData,
+    TickData,
+    TickStatus,
+)
+from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
+from dagster._utils.error import SerializableErrorInfo
 
 from embedding_pipeline.alerts.sensor import alert_sensor
 from embedding_pipeline.alerts.sensor import tick as look
@@ -124,7 +140,50 @@ class World:
         self.sql("UPDATE embedding_pipeline.lease SET not_before = NULL")
         self.sql("UPDATE embedding_pipeline.alert_message SET not_before = now()")
 
-    # ---- instigators -------------------------------------------------------------------------
+    def instigate(
+        self,
+        name: str,
+        status: str,
+        ticks: int,
+        *,
+        seconds_ago: float = 0.0,
+        running: bool = True,
+    ) -> None:
+        """Note what the daemon would note of a sensor or schedule: its state, and some ticks."""
+        is_schedule = name in {each.name for each in self.definitions.schedules or ()}
+        kind = InstigatorType.SCHEDULE if is_schedule else InstigatorType.SENSOR
+        target = LoadableTargetOrigin(module_name="embedding_pipeline.definitions")
+        location = ManagedGrpcPythonEnvCodeLocationOrigin(target, "embedding_pipeline")
+        origin = RemoteInstigatorOrigin(RemoteRepositoryOrigin(location, "__repository__"), name)
+        at = time.time() - seconds_ago
+        began = at - 86_400
+        state = InstigatorState(
+            origin,
+            kind,
+            InstigatorStatus.RUNNING if running else InstigatorStatus.STOPPED,
+            ScheduleInstigatorData("0 0 * * *", began) if is_schedule else SensorInstigatorData(),
+        )
+        known = self.instance.get_instigator_state(origin.get_id(), state.selector_id)
+        if known is None:
+            self.instance.add_instigator_state(state)
+        else:
+            self.instance.update_instigator_state(known.with_status(state.status))
+        said = SerializableErrorInfo("scripted failure", [], "Failure")
+        for _ in range(ticks):
+            self.instance.create_tick(
+                TickData(
+                    origin.get_id(),
+                    name,
+                    kind,
+                    TickStatus[status],
+                    at,
+                    error=said if status == "FAILURE" else None,
+                    selector_id=state.selector_id,
+                    end_timestamp=at,
+                )
+            )
+
+    # ---- what is known -----------------------------------------------------------------------
 
     def incidents(self) -> list[tuple[Any, ...]]:
         """(kind, subject, told, over) of every incident, oldest first."""
