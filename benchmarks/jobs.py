@@ -93,6 +93,37 @@ def _endpoint(task: Task) -> Endpoint:
     )
 
 
+def repeated(task: Task) -> Callable[[], Result]:
+    """What a whole run does (identity, lease, count, backfill) where nothing is pending."""
+    from embedding_pipeline.embed_column import embed_column
+
+    column = column_of(task["url"], TableSpec.model_validate(task["spec"]))
+    partitions = _partitions(task["url"], column)
+    options = Options(batch_size=64, concurrency=8)
+
+    def once() -> float:
+        began = time.perf_counter()
+        run = embed_column(task["url"], column, partitions, options, run_id=None)
+        assert run.outcome.total.read == 0, run.outcome
+        return time.perf_counter() - began
+
+    def directly() -> float:
+        began = time.perf_counter()
+        result = asyncio.run(_core(task, column, partitions))
+        assert result["written"] == 0, result
+        return time.perf_counter() - began
+
+    once(), directly()
+
+    def work() -> Result:
+        return {
+            "run_ms": [1000 * once() for _ in range(task["repeats"])],
+            "core_ms": [1000 * directly() for _ in range(task["repeats"])],
+        }
+
+    return work
+
+
 def write_floor(task: Task) -> Callable[[], Result]:
     """The least that writing vectors takes: staged binary COPY and one UPDATE, no questions asked.
 
@@ -200,6 +231,7 @@ def client(task: Task) -> Callable[[], Result]:
 
 
 JOBS: dict[str, Job] = {
+    "repeated": repeated,
     "core": core,
     "write_floor": write_floor,
     "client": client,

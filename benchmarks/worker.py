@@ -98,10 +98,11 @@ def peak_memory_mb() -> float:
 
 def main() -> None:
     """The process: a task from standard input, `ready`, the work, its result."""
-    from benchmarks.jobs import JOBS
+    from benchmarks import dagster_jobs, jobs
 
     task = json.loads(sys.stdin.readline())
-    work = JOBS[task["job"]](task)
+    job = jobs.JOBS.get(task["job"]) or getattr(dagster_jobs, task["job"])
+    work = job(task)
     bare = peak_memory_mb()
     print("ready", flush=True)
     sys.stdin.readline()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.lab import Lab
-from benchmarks.parts import throughput
+from benchmarks.parts import dagster_share, throughput, unchanged
 from benchmarks.report import Table
 from benchmarks.sizes import Sizes
 
@@ -21,4 +21,10 @@ PARTS: dict[str, Part] = {
     "write": Part("the core at 0 ms against COPY and UPDATE alone", throughput.write_bound),
     "endpoint": Part("the core at 250 ms against requests alone", throughput.endpoint_bound),
     "levers": Part("what each lever of the openai package brings", throughput.client_levers),
+    "nothing": Part("nothing pending in a large table", unchanged.nothing_pending),
+    "changed": Part("one per cent changed", unchanged.one_percent),
+    "memory": Part("the core's peak memory against the number of rows", unchanged.memory),
+    "imports": Part("loading the definitions beyond `import dagster`", dagster_share.imports),
+    "run": Part("ten changed rows as a Dagster run", dagster_share.ten_rows),
+    "sensor": Part("a sensor tick on a large table", dagster_share.sensor_tick),
 }
