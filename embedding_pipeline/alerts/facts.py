@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from embedding_pipeline.evaluation.verdict import Verdict
+if TYPE_CHECKING:
+    from embedding_pipeline.evaluation.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ColumnFacts:
     """Why nothing may be done to it: another recipe, a table that is gone."""
     unknown: str | None = None
     """Why it could not be looked at; nothing below holds then."""
-    coverage: Verdict | None = None
+    coverage: "Verdict | None" = None
     """What the `coverage` check would say now."""
     pending: int = 0
     pending_since: datetime | None = None

@@ -15,7 +15,6 @@ from dagster._core.storage.asset_check_execution_record import (
 
 from embedding_pipeline.alerts.facts import CheckFacts, ColumnFacts, FailedRun
 from embedding_pipeline.components import names
-from embedding_pipeline.evaluation.verdict import MIN_SCORED_SHARE
 from embedding_pipeline.spec import EmbeddingSpec, TableSpec
 
 CHECKS = ("golden_mrr", "vectors_valid", "index_recall")
@@ -93,6 +92,9 @@ def _is_judgement(record: AssetCheckExecutionRecord) -> bool:
 
 def _unjudged(record: AssetCheckExecutionRecord) -> str | None:
     """Why a check that could not judge will not be able to by itself: its golden set is gone."""
+    # numpy and the metrics: only a tick needs them, loading the definitions does not
+    from embedding_pipeline.evaluation.verdict import MIN_SCORED_SHARE
+
     evaluation = _evaluation(record)
     if evaluation is None or _is_judgement(record):
         return None

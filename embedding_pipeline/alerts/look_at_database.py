@@ -5,7 +5,7 @@ Costs what is pending, like a tick of the tables' own sensors; no table is scann
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, time, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
 import psycopg
@@ -15,8 +15,6 @@ from embedding_pipeline.brakes import daily_caps, paused
 from embedding_pipeline.components import names
 from embedding_pipeline.embedders.port import Endpoint
 from embedding_pipeline.errors import PipelineError
-from embedding_pipeline.evaluation.nearest import find_index
-from embedding_pipeline.evaluation.verdict import Verdict, coverage_verdict
 from embedding_pipeline.identity import check_identity_cheaply
 from embedding_pipeline.settings import Settings
 from embedding_pipeline.spec import EmbeddingSpec, TableSpec
@@ -33,6 +31,9 @@ from embedding_pipeline.store.pending import (
 )
 from embedding_pipeline.store.results import note_pending
 from embedding_pipeline.store.spending import ALL, is_reached, spending_today
+
+if TYPE_CHECKING:
+    from embedding_pipeline.evaluation.verdict import Verdict
 
 Connection = psycopg.Connection[Any]
 
@@ -134,7 +135,7 @@ def _coverage(
     waiting: dict[str, int],
     since: datetime | None,
     leases: dict[str, LeaseRow],
-) -> Verdict:
+) -> "Verdict":
     kinds = count_kinds(connection, column)
     rows = estimated_rows(connection, column) if kinds.quarantined else 0
     if kinds.quarantined and not rows:
@@ -143,6 +144,8 @@ def _coverage(
     else:
         embedded = max(0, rows - kinds.pending - kinds.quarantined)
         counts = Coverage(rows, embedded, kinds, 0)
+    from embedding_pipeline.evaluation.verdict import coverage_verdict
+
     return coverage_verdict(
         counts,
         pending_since=since,
@@ -154,6 +157,8 @@ def _coverage(
 
 
 def _index_missing(connection: Connection, column: Column) -> str | None:
+    from embedding_pipeline.evaluation.nearest import find_index
+
     reason = find_index(connection, column).reason
     if reason is None:
         return None

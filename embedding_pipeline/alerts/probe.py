@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from embedding_pipeline.alerts.facts import ColumnFacts, ProviderFacts
-from embedding_pipeline.embedders import create_embedder, load_endpoints
+from embedding_pipeline.embedders import load_endpoints
 from embedding_pipeline.embedders.errors import GlobalError, TransientError
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.settings import load_settings
@@ -46,6 +46,8 @@ async def ask(embedding: EmbeddingSpec) -> tuple[str | None, bool] | None:
 
     None when the provider was busy (429), which says nothing about it.
     """
+    from embedding_pipeline.embedders import create_embedder  # with numpy, which loading needs not
+
     try:
         endpoints = load_endpoints(load_settings())
         if embedding.provider not in endpoints:

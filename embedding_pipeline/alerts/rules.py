@@ -5,6 +5,7 @@ that hiccups is asked again, and a look that failed once is repeated at the next
 """
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from embedding_pipeline.alerts.facts import (
     CapFacts,
@@ -16,8 +17,10 @@ from embedding_pipeline.alerts.facts import (
     TickFacts,
 )
 from embedding_pipeline.alerts.problems import Findings, Kind, Problem
-from embedding_pipeline.evaluation.verdict import Verdict
 from embedding_pipeline.store.quarantine import PAST_SHARE
+
+if TYPE_CHECKING:
+    from embedding_pipeline.evaluation.verdict import Verdict
 
 FAILURES_IN_A_ROW = 2
 """An embedding run that failed is news when its retry has failed too …"""
@@ -95,7 +98,7 @@ def _column(facts: ColumnFacts) -> Findings:
     return found
 
 
-def _coverage_problem(facts: ColumnFacts, verdict: Verdict) -> Problem:
+def _coverage_problem(facts: ColumnFacts, verdict: "Verdict") -> Problem:
     figures = verdict.metadata
     refused = figures.get("quarantined_share", 0) > figures.get("max_quarantined_share", 1)
     if refused:

@@ -130,10 +130,12 @@ def _tick(instance: dg.DagsterInstance, table: TableSpec) -> _Tick:
             columns = _bound(connection, table)
             facts = [_column_facts(connection, instance, column, log, errors) for column in columns]
             new = {key for item in facts for key in item.pending}
-            added = names.add_partitions(instance, table, sorted(new))
-            if added:
-                log.append(f"new partitions: {', '.join(added[:20])}")
             order = names.known_partitions(instance, table)
+            if not new <= set(order) and (
+                added := names.add_partitions(instance, table, sorted(new))
+            ):
+                log.append(f"new partitions: {', '.join(added[:20])}")
+                order = names.known_partitions(instance, table)
             facts = _with_runs(facts, runs, order)
             decision = decide(facts, order, table.rows_per_run)
             requests = [_run_request(table, request) for request in decision.requests]
