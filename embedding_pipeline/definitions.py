@@ -8,6 +8,7 @@ import dagster as dg
 from embedding_pipeline.alerts.sensor import alert_sensor
 from embedding_pipeline.components.brake_jobs import pause_embedding, resume_embedding
 from embedding_pipeline.components.embedded_table import table_definitions
+from embedding_pipeline.components.nightly import nightly_definitions
 from embedding_pipeline.components.retry_job import retry_quarantined
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.settings import PROJECT_ROOT
@@ -26,6 +27,7 @@ def defs() -> dg.Definitions:
     return dg.Definitions.merge(
         _shipped(),
         *map(table_definitions, further),
+        nightly_definitions([file.spec for file in files]),
         # a step of its own process costs seconds to start; the run is the unit of scaling out
         dg.Definitions(
             executor=dg.in_process_executor,

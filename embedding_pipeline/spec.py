@@ -24,6 +24,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from embedding_pipeline.clock import time_of_day, time_zone
+
 RECIPE_VERSION = 1
 """Part of every recipe: raised when this project itself turns texts into vectors differently."""
 
@@ -119,6 +121,25 @@ class MonthPartitions(_Strict):
     column: Identifier = Field(description="The date or timestamp column.")
 
 
+def _shorthand(value: Any) -> Any:
+    return {"enabled": value} if isinstance(value, bool) else value
+
+
+class NightlySpec(_Strict):
+    """When the nightly schedule comes to a table."""
+
+    enabled: bool = Field(True, description="false: the nightly schedule leaves the table out.")
+    at: Annotated[str, BeforeValidator(time_of_day)] | None = Field(
+        None, description='A time of day, such as "03:30"; left out: NIGHTLY_AT.'
+    )
+    timezone: Annotated[str, AfterValidator(time_zone)] | None = Field(
+        None, description="An IANA name, such as Europe/Madrid; left out: NIGHTLY_TIMEZONE."
+    )
+
+
+Nightly = Annotated[
+    NightlySpec, BeforeValidator(_shorthand, json_schema_input_type=bool | NightlySpec)
+]
 Partitions = Annotated[
     HashPartitions | ColumnPartitions | MonthPartitions, Field(discriminator="by")
 ]
@@ -244,6 +265,10 @@ class TableSpec(_Strict):
     owners: list[Owner] = Field([], description="Email addresses, or teams written team:name.")
     description: str | None = Field(None, description="What the rows are.")
     rows_per_run: Whole = Field(100_000, ge=1, description="Most rows that one run embeds.")
+    nightly: Nightly = Field(
+        NightlySpec(),
+        description='{at: "03:30", timezone: Europe/Madrid}, or false for no nightly run.',
+    )
 
     @field_validator("table")
     @classmethod

@@ -15,6 +15,7 @@ from embedding_pipeline.spec import (
     EmbeddingSpec,
     HashPartitions,
     MonthPartitions,
+    NightlySpec,
     TableSpec,
     dagster_name,
     short_name,
@@ -266,6 +267,8 @@ def _explain(problem: Any, document: Document) -> str:
         message = f"is missing: {_description(at)}"
     elif location == ("partitions",):
         message = _PARTITIONS
+    elif location == ("nightly",):
+        message = 'write {at: "03:30", timezone: Europe/Madrid}, or false' + shown
     elif location == ("id_column",) and kind == "string_type":
         message = "expected a column's name, or a list of names" + shown
     elif kind in _EXPECTED:
@@ -281,6 +284,8 @@ def _model(location: Location) -> type[BaseModel]:
     """The model whose key is the last part of a location as pydantic gives it."""
     if location[0] == "embeddings" and len(location) > 2:
         return EmbeddingSpec
+    if location[0] == "nightly" and len(location) > 1:
+        return NightlySpec
     if location[0] == "partitions" and len(location) > 2:
         return _VARIANTS[str(location[1])]
     return TableSpec

@@ -113,7 +113,7 @@ def test_all_three_partitionings_are_read(tmp_path: Path) -> None:
 
 KNOWN_TABLE_KEYS = (
     "table, id_column, text, eligible, tenant_column, partitions, embeddings, golden_set, owners, "
-    "description, rows_per_run"
+    "description, rows_per_run, nightly"
 )
 KNOWN_EMBEDDING_KEYS = (
     "column, dimensions, provider, model, baseline, prefix, overlong, reuse, mrr_floor, "
@@ -256,6 +256,16 @@ NOT_TEXT = "expected text (in quotes, where YAML would read it as something else
         ("text: body", "text: b\n  id_column: [a, 5]", f"id_column.1: {NOT_TEXT}, not 5"),
         ("text: body", "text: b\n  golden_set: ''", "golden_set: must not be empty: File beside "
          "this one: queries with the keys that they should find."),
+        ("text: body", "text: b\n  nightly: at three", "nightly: write {at: \"03:30\", timezone: "
+            "Europe/Madrid}, or false, not 'at three'"),
+        ("text: body", "text: b\n  nightly: {at: 13:30}", "nightly.at: must be a time of day from "
+            "\"00:00\" to \"23:59\", in quotes"),
+        ("text: body", "text: b\n  nightly: {at: '3:30'}", "nightly.at: must be a time of day from "
+            "\"00:00\" to \"23:59\", in quotes"),
+        ("text: body", "text: b\n  nightly: {timezone: Madrit}", "nightly.timezone: 'Madrit' is no "
+            "time zone; write an IANA name such as UTC or Europe/Madrid"),
+        ("text: body", "text: b\n  nightly: {hour: 3}", "nightly.hour: unknown key; known: "
+            "enabled, at, timezone"),
         ("text: body", "text: b\n  owners: [bob]", "owners.0: must be an email address, or a team "
          "written team:name"),
         ("text: body", "text: b\n  rows_per_run: 0", "rows_per_run: must be greater than or equal "

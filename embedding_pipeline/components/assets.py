@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 LEASE_HELD = "held_by_other_runs"
 """In a failure's metadata: live runs hold all the partitions, so waiting is the answer."""
 
+AUTOMATIC = {"dagster/sensor_name", "dagster/schedule_name"}
+"""Tags of runs that no person is waiting for."""
+
 HELD_BY = "held_by"
 """In a materialisation's metadata: the brake (`pause`, `daily_cost_cap`) that stopped the run."""
 
@@ -202,6 +205,12 @@ def embedding_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefi
                 allow_retries=True,
             ) from error
         except LeaseError as error:
+            if AUTOMATIC & context.run.tags.keys():
+                # asked for in the moment in which another run took the rows, which now gets them
+                for partition in partitions:
+                    context.add_asset_metadata({"stopped": str(error)}, partition_key=partition)
+                context.log.info(str(error))
+                return
             raise dg.Failure(str(error), metadata={LEASE_HELD: True}, allow_retries=False) from None
         except PipelineError as error:
             raise failure(error) from None
@@ -335,6 +344,7 @@ def index_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefiniti
     )
     def build(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
         from embedding_pipeline.store.indexes import build_hnsw
+        from embedding_pipeline.store.maintenance import maintain
 
         tag_process(context.instance, context.run)
         try:
@@ -345,15 +355,18 @@ def index_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefiniti
                     context.log.warning("%s: its index is left alone: %s", column, held)
                     return dg.MaterializeResult(metadata={"built": False, "stopped": str(held)})
                 report = build_hnsw(connection, column, report=context.log.info)
+                maintained = maintain(connection, column, report=context.log.info)
         except PipelineError as error:
             raise failure(error) from None
-        return dg.MaterializeResult(metadata=index_metadata(report))
+        return dg.MaterializeResult(
+            metadata={**index_metadata(report), **index_metadata(maintained)}
+        )
 
     return build
 
 
 def index_metadata(report: object) -> dict[str, int | float | str | bool]:
-    """The plain values of an index report."""
+    """The plain values of a report on an index."""
     return {
         name: value
         for name, value in vars(report).items()

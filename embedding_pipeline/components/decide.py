@@ -69,11 +69,14 @@ def dead_leases(facts: ColumnFacts) -> list[tuple[str, LeaseRow]]:
     return [(key, lease) for key, lease in sorted(facts.leases.items()) if lease.lapsed]
 
 
-def decide(columns: Sequence[ColumnFacts], order: Sequence[str], rows_per_run: int) -> Decision:
+def decide(
+    columns: Sequence[ColumnFacts], order: Sequence[str], rows_per_run: int, *, few: bool = False
+) -> Decision:
     """Which runs to request for a table.
 
     `order` is Dagster's order of the table's partitions, in which ranges are contiguous. Pending
-    partitions that lie side by side become one run, up to `rows_per_run` rows.
+    partitions that lie side by side become one run, up to `rows_per_run` rows; with `few` also
+    those that do not, and the partitions between them, where nothing is pending, cost nothing.
     """
     requests: list[Request] = []
     reasons: list[str] = []
@@ -89,7 +92,8 @@ def decide(columns: Sequence[ColumnFacts], order: Sequence[str], rows_per_run: i
             continue
         free, why = _free(facts, order)
         reasons += why
-        requests += ranges(facts.column, {k: facts.pending[k] for k in free}, order, rows_per_run)
+        pending = {key: facts.pending[key] for key in free}
+        requests += ranges(facts.column, pending, order, rows_per_run, few=few)
     return Decision(_together(requests), reasons)
 
 
@@ -171,9 +175,17 @@ def _free(facts: ColumnFacts, order: Sequence[str]) -> tuple[list[str], list[str
 
 
 def ranges(
-    column: str, pending: Mapping[str, int], order: Sequence[str], rows_per_run: int
+    column: str,
+    pending: Mapping[str, int],
+    order: Sequence[str],
+    rows_per_run: int,
+    *,
+    few: bool = False,
 ) -> list[Request]:
-    """Split pending partitions into runs of neighbours of at most `rows_per_run` rows each."""
+    """Split pending partitions into runs of at most `rows_per_run` rows each.
+
+    Of neighbours only; with `few`, of all that follow each other.
+    """
     positions = {key: number for number, key in enumerate(order)}
     keys = sorted((key for key in pending if key in positions), key=positions.__getitem__)
     if not keys:
@@ -181,7 +193,7 @@ def ranges(
     groups: list[list[str]] = [[keys[0]]]
     rows = pending[keys[0]]
     for previous, key in pairwise(keys):
-        neighbours = positions[key] == positions[previous] + 1
+        neighbours = few or positions[key] == positions[previous] + 1
         if neighbours and rows + pending[key] <= rows_per_run:
             groups[-1].append(key)
             rows += pending[key]

@@ -124,24 +124,14 @@ def _tick(instance: dg.DagsterInstance, table: TableSpec) -> _Tick:
     log: list[str] = []
     errors: list[str] = []
     log += fail_dead_runs(instance, table)
-    runs = _unfinished_runs(instance, table)
     try:
         with connect() as connection:
-            columns = _bound(connection, table)
-            facts = [_column_facts(connection, instance, column, log, errors) for column in columns]
-            new = {key for item in facts for key in item.pending}
-            order = names.known_partitions(instance, table)
-            if not new <= set(order) and (
-                added := names.add_partitions(instance, table, sorted(new))
-            ):
-                log.append(f"new partitions: {', '.join(added[:20])}")
-                order = names.known_partitions(instance, table)
-            facts = _with_runs(facts, runs, order)
+            facts, order = table_facts(connection, instance, table, log, errors)
             decision = decide(facts, order, table.rows_per_run)
-            requests = [_run_request(table, request) for request in decision.requests]
+            requests = [run_request(table, request) for request in decision.requests]
             reasons = decision.reasons
             if not requests and _wants_evaluation(connection, instance, table, facts):
-                requests = [_quality_request(table)]
+                requests = [quality_request(table)]
                 reasons = [*reasons, "all columns complete: evaluating"]
     except (PipelineError, psycopg.Error) as error:
         _bindings.pop(table.table, None)
@@ -149,6 +139,30 @@ def _tick(instance: dg.DagsterInstance, table: TableSpec) -> _Tick:
     if errors:
         _bindings.pop(table.table, None)
     return _Tick(requests, reasons, errors, log)
+
+
+def table_facts(
+    connection: "psycopg.Connection[Any]",
+    instance: dg.DagsterInstance,
+    table: TableSpec,
+    log: list[str],
+    errors: list[str],
+) -> tuple[list[ColumnFacts], list[str]]:
+    """What is known of each column of a table, and its partitions in Dagster's order.
+
+    On the way it makes new partitions known and takes over from runs that died (said in `log`);
+    `errors` gets what could not be read.
+    """
+    # before the rows: a run that ends in between is then in flight, not pending work
+    runs = _unfinished_runs(instance, table)
+    columns = _bound(connection, table)
+    facts = [_column_facts(connection, instance, column, log, errors) for column in columns]
+    new = {key for item in facts for key in item.pending}
+    order = names.known_partitions(instance, table)
+    if not new <= set(order) and (added := names.add_partitions(instance, table, sorted(new))):
+        log.append(f"new partitions: {', '.join(added[:20])}")
+        order = names.known_partitions(instance, table)
+    return _with_runs(facts, runs, order), order
 
 
 def _column_facts(
@@ -233,7 +247,7 @@ def _with_runs(
     return [replace(item, in_flight=in_flight[item.column]) for item in facts]
 
 
-def _run_request(table: TableSpec, request: Request) -> dg.RunRequest:
+def run_request(table: TableSpec, request: Request) -> dg.RunRequest:
     keys = [names.column_key(table, table.embedding(column)) for column in request.columns]
     return dg.RunRequest(
         asset_selection=keys,
@@ -258,7 +272,7 @@ def quality_checks(table: TableSpec, embedding: EmbeddingSpec) -> list[dg.AssetC
     ]
 
 
-def _quality_request(table: TableSpec) -> dg.RunRequest:
+def quality_request(table: TableSpec) -> dg.RunRequest:
     return dg.RunRequest(
         asset_selection=[
             *(names.index_key(table, embedding) for embedding in table.embeddings),

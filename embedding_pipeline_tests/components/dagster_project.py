@@ -15,7 +15,8 @@ class DagsterProject:
 
     def __init__(self, files: Sequence[TableFile], *further: dg.Definitions) -> None:
         self.files = list(files)
-        self.instance = dg.DagsterInstance.ephemeral()
+        # not an ephemeral one, which schedules do not take
+        self.instance = dg.DagsterInstance.local_temp()
         definitions = dg.Definitions.merge(*map(table_definitions, files), *further)
         self.repository = definitions.get_repository_def()
         self.job = definitions.resolve_implicit_global_asset_job_def()
