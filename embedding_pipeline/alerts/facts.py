@@ -92,7 +92,7 @@ class FailedRun:
     new: bool
     """Nobody has been told of it yet."""
     retried: bool
-    """The table's sensor asks for it again, so that one failure is no news yet."""
+    """The table's sensor asks for it again, or somebody ended it: one failure is no news yet."""
     counted: bool = False
     """Its columns' failures are counted partition by partition (`ColumnFacts.failing`)."""
     table: str | None = None

@@ -8,6 +8,7 @@ import dagster as dg
 from dagster._core.definitions.asset_checks.asset_check_evaluation import (
     AssetCheckEvaluationPlanned,
 )
+from dagster._core.events import JobFailureData
 from dagster._core.storage.asset_check_execution_record import (
     AssetCheckExecutionRecord,
     AssetCheckExecutionRecordStatus,
@@ -15,6 +16,7 @@ from dagster._core.storage.asset_check_execution_record import (
 
 from embedding_pipeline.alerts.facts import CheckFacts, ColumnFacts, FailedRun
 from embedding_pipeline.components import names
+from embedding_pipeline.components.assets import LEASE_HELD
 from embedding_pipeline.spec import EmbeddingSpec, TableSpec
 
 CHECKS = ("golden_mrr", "vectors_valid", "index_recall")
@@ -154,18 +156,18 @@ def look_at_runs(
         work = _work(instance, record.dagster_run, tables, set(jobs))
         if work is None or work.name in found or record.dagster_run.run_id in closed:
             continue
-        error, died = _what_happened(instance, record.dagster_run)
-        if error is None:
+        failure = _failure(instance, record.dagster_run)
+        if failure is None:
             continue
         found[work.name] = FailedRun(
             run_id=record.dagster_run.run_id,
             work=work.name,
-            error=error,
+            error=failure.said,
             at=record.update_timestamp.astimezone(UTC),
-            died=died,
+            died=failure.died,
             recovered=_recovered(instance, record, work, state),
             new=record.dagster_run.run_id not in known,
-            retried=bool(work.columns) and not work.others,
+            retried=failure.interrupted or (bool(work.columns) and not work.others),
             counted=bool(work.columns)
             and all(name in state and state[name].failing for name in work.columns),
             table=work.table.table if work.table else None,
@@ -229,35 +231,44 @@ def _selection(
     return filled, checked
 
 
-def _what_happened(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[str | None, bool]:
-    """What a failed run said, and whether it died rather than failed by itself.
+@dataclass(frozen=True)
+class _Failure:
+    """How a run failed."""
 
-    None where its failure needs nobody: another run held what it was to do.
-    """
-    from embedding_pipeline.components.assets import LEASE_HELD
+    said: str
+    died: bool
+    """Nothing in it failed: its process is gone, or it took too long."""
+    interrupted: bool
+    """Somebody ended it (Ctrl-C, a deployment)."""
 
+
+def _failure(instance: dg.DagsterInstance, run: dg.DagsterRun) -> _Failure | None:
+    """None where its failure needs nobody: another run held what it was to do."""
     kinds = {dg.DagsterEventType.STEP_FAILURE, dg.DagsterEventType.RUN_FAILURE}
-    died, said = True, ""
+    died, interrupted, said = True, False, ""
     for record in instance.get_records_for_run(run.run_id, of_type=kinds, limit=100).records:
         event = record.event_log_entry.dagster_event
         if event is None:
             continue
         if event.event_type is dg.DagsterEventType.RUN_FAILURE:
-            died = died and event.job_failure_data.error is None
+            data = event.event_specific_data
+            if isinstance(data, JobFailureData) and data.error is not None:
+                died, said = False, said or data.error.message
             said = said or event.message or ""
             continue
         died = False
-        data = event.step_failure_data
-        if data.user_failure_data is not None:
-            if LEASE_HELD in data.user_failure_data.metadata:
-                return None, False
-            said = data.user_failure_data.description or said
-        if not said:
-            error = data.error
-            while error is not None and error.cause is not None:
-                error = error.cause
-            said = (error.message if error is not None else event.message or "").strip()
-    return said or "nothing was said", died
+        step = event.step_failure_data
+        if step.user_failure_data is not None:
+            if LEASE_HELD in step.user_failure_data.metadata:
+                return None
+            said = said or step.user_failure_data.description or ""
+        error = step.error
+        while error is not None:
+            interrupted |= error.cls_name == dg.DagsterExecutionInterruptedError.__name__
+            if error.cause is None:
+                said = said or error.message
+            error = error.cause
+    return _Failure(said.strip() or "nothing was said", died, interrupted)
 
 
 def _recovered(

@@ -69,6 +69,11 @@ class World:
             self.extra,
         )
 
+    @property
+    def repository(self) -> dg.RepositoryDefinition:
+        """As a code server has it."""
+        return self.definitions.get_repository_def()
+
     # ---- what happens in it ------------------------------------------------------------------
 
     def tick(self, times: int = 1) -> list[Received]:
@@ -78,7 +83,7 @@ class World:
             done = look(
                 self.instance,
                 [self.file.spec],
-                self.definitions.get_repository_def(),
+                self.repository,
                 cursor=self.cursor,
             )
             self.cursor = done.cursor
