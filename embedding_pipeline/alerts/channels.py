@@ -77,7 +77,7 @@ def _is_host_or_word(part: str) -> bool:
 class _Complaints(logging.Handler):
     """What apprise says in this thread while a message is sent.
 
-    Its debug lines hold whole addresses, so from the first message on they go nowhere else.
+    Debug lines hold whole addresses: from the first message on there are none.
     """
 
     def __init__(self) -> None:
@@ -91,6 +91,8 @@ class _Complaints(logging.Handler):
 
     def __enter__(self) -> "_Complaints":
         logger = logging.getLogger("apprise")
+        for talkative in (logger, logging.getLogger("urllib3")):
+            talkative.setLevel(logging.WARNING)
         logger.propagate = False
         logger.addHandler(self)
         return self

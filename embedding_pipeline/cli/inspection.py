@@ -19,8 +19,10 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
     """Every column: rows, embedded, pending, quarantined, ineligible. Counts every row.
 
     Tokens and cost are those of every run so far; the last run is when the latest one ended.
-    Below: what is paused, and what today has cost of the daily caps.
+    Below: what is paused, and what today has cost of the daily caps; when the alert sensor last
+    looked, and which incidents are open.
     """
+    from embedding_pipeline.alerts.status import incidents_of, status_lines
     from embedding_pipeline.cli.brakes import Brakes
     from embedding_pipeline.columns import select
     from embedding_pipeline.settings import load_settings
@@ -75,11 +77,13 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
                         and used.last_run_at.isoformat(timespec="seconds"),
                     }
                     | brakes.of(column, as_json)
+                    | ({"incidents": incidents_of(connection, str(column))} if as_json else {})
                 )
             if len(rows) > before and (state := read_state(connection, file.spec)) is not None:
                 queries.append(f"queries of {file.spec.table}: {state}")
+        alerts = status_lines(connection, load_settings())
     print_rows(rows, as_json)
-    for line in [] if as_json else [*brakes.lines(), *queries]:
+    for line in [] if as_json else [*brakes.lines(), *queries, *alerts]:
         click.echo(line)
     for line in problems:
         click.echo(f"error: {line}", err=True)

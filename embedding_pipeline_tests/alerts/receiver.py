@@ -72,9 +72,9 @@ class Receiver:
         self._thread.join()
 
     def url(self, secret: str = "") -> str:
-        """For ALERT_URLS; with a secret as its password."""
+        """For ALERT_URLS; with a secret as its password and in its path, as chat services have."""
         login = f"user:{secret}@" if secret else ""
-        return f"json://{login}127.0.0.1:{self.port}/hook"
+        return f"json://{login}127.0.0.1:{self.port}/hook/{secret}"
 
     def titles(self) -> list[str]:
         """Of every message, in order."""

@@ -3,7 +3,7 @@
 import dagster as dg
 import pytest
 
-from embedding_pipeline.alerts import delivery, sensor
+from embedding_pipeline.alerts import delivery, tick
 from embedding_pipeline.alerts.channels import Channel
 from embedding_pipeline_tests.alerts.conftest import SECRET
 from embedding_pipeline_tests.alerts.receiver import Receiver
@@ -114,7 +114,7 @@ def test_a_crash_before_sending_loses_nothing(
         raise DiedError
 
     with monkeypatch.context() as crash:
-        crash.setattr(sensor, "deliver", die)
+        crash.setattr(tick, "deliver", die)
         with pytest.raises(DiedError):
             world.tick()
     assert [each.title for each in world.tick(3)] == [ALERT]

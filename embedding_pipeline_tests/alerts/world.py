@@ -25,7 +25,7 @@ from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from dagster._utils.error import SerializableErrorInfo
 
 from embedding_pipeline.alerts.sensor import alert_sensor
-from embedding_pipeline.alerts.sensor import tick as look
+from embedding_pipeline.alerts.tick import tick as look
 from embedding_pipeline.components import names
 from embedding_pipeline.components.embedded_table import table_definitions
 from embedding_pipeline.components.sensor import _tick
