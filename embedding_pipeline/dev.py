@@ -6,18 +6,31 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 import click
+import dagster as dg
 import psutil  # type: ignore[import-untyped]
+import psycopg
 
+from embedding_pipeline.components import names
 from embedding_pipeline.components.sensor import SENSORS_VARIABLE
+from embedding_pipeline.components.table_metadata import COUNTED_ROWS
+from embedding_pipeline.dev_summary import summary
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.main_job import prepare, use_project_instance
 from embedding_pipeline.settings import PROJECT_ROOT, load_settings
+from embedding_pipeline.spec import TableSpec
 from embedding_pipeline.spec_files import all_table_files
+from embedding_pipeline.store.catalogue import bind_columns
+from embedding_pipeline.store.connection import connect
+from embedding_pipeline.store.pending import (
+    count_by_partition,
+    estimated_rows,
+    partitions_in_data,
+)
 
 STOP_SECONDS = 30.0
 """How long runs and servers have to end after Ctrl-C; then they are killed."""
@@ -31,20 +44,15 @@ def serve(host: str, port: int, sensors: bool) -> int:
     """Prepare the database, start webserver, daemon and code server, wait for Ctrl-C."""
     files = all_table_files()
     _refuse_used_port(host, port)
-    home = use_project_instance().root_directory
+    instance = use_project_instance()
     refused = prepare(files, None, click.echo)
     if refused:
         click.echo(f"not ready, and left alone until mended:\n{refused}", err=True)
-    settings = load_settings()
-    database = (
-        "DATABASE_URL"
-        if settings.database_url
-        else f"embedded Postgres in {settings.embedding_pipeline_home}"
-    )
-    click.echo(f"Dagster UI   http://{host}:{port}")
-    click.echo(f"database     {database}  (embedding-pipeline database-url prints its address)")
-    click.echo(f"tables       {', '.join(file.spec.table for file in files)}")
-    click.echo(f"sensors      {'on' if sensors else 'off'}")
+    tables = [file.spec for file in files]
+    make_partitions_known(instance, tables)
+    address = f"http://{host}:{port}"
+    for line in summary(tables, load_settings(), address, sensors):
+        click.echo(line)
     click.echo("Ctrl-C stops everything.")
     # the code lies here also where it is not installed
     path = [str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]
@@ -52,6 +60,7 @@ def serve(host: str, port: int, sensors: bool) -> int:
     environment = {
         **os.environ,
         SENSORS_VARIABLE: "on" if sensors else "off",
+        "DAGSTER_UI_URL": os.environ.get("DAGSTER_UI_URL") or address,
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "PYTHONWARNINGS": ",".join(filter(None, warnings)),
     }
@@ -64,7 +73,7 @@ def serve(host: str, port: int, sensors: bool) -> int:
                 *("--log-level", "warning", "--code-server-log-level", "warning"),
             ],
             env=environment,
-            cwd=home,  # a dagster.yaml in another folder would be a warning
+            cwd=instance.root_directory,  # a dagster.yaml in another folder would be a warning
             start_new_session=True,  # Ctrl-C reaches it through us, once
         )
         try:
@@ -74,6 +83,23 @@ def serve(host: str, port: int, sensors: bool) -> int:
             stopped = bool(stopping)
             _stop(process)
     return 0 if stopped else process.returncode or 1
+
+
+def make_partitions_known(instance: dg.DagsterInstance, tables: Sequence[TableSpec]) -> None:
+    """Let the UI list every partition at once, before any sensor has looked.
+
+    Of a large table only those with pending rows: looking for all would read the whole table.
+    """
+    with connect() as connection:
+        for table in tables:
+            try:
+                columns = bind_columns(connection, table)
+                keys = {key for each in columns for key in count_by_partition(connection, each)}
+                if estimated_rows(connection, columns[0]) <= COUNTED_ROWS:
+                    keys |= partitions_in_data(connection, columns[0]).keys()
+            except (PipelineError, psycopg.Error):
+                continue  # it was said that the table is not ready; its sensor says it again
+            names.add_partitions(instance, table, sorted(keys))
 
 
 def _refuse_used_port(host: str, port: int) -> None:

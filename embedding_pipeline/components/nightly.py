@@ -36,6 +36,8 @@ FOLLOW_UP = "nightly_follow_up"
 FOLLOW_UP_SECONDS = 15
 LAUNCHING_SECONDS = 120.0
 """How long the schedule may take to launch what it asks for; until then its nights are its own."""
+ASSET_JOB = "__ASSET_JOB"
+"""Dagster's own job of all assets: any other has to have one partitioning, our tables have many."""
 NIGHT_TAG = f"{names.OWNED}/night"
 """On every run of a night: when the schedule started it."""
 ROUND_TAG = f"{names.OWNED}/nightly"
@@ -70,14 +72,6 @@ def schedule_name(at: str, zone: str, usual: tuple[str, str]) -> str:
     return "nightly_" + f"{at.replace(':', '')}_{zone}".translate(str.maketrans("/-+", "___"))
 
 
-def _target(tables: Sequence[TableSpec]) -> dg.AssetSelection:
-    return dg.AssetSelection.assets(
-        *(names.column_key(table, each) for table in tables for each in table.embeddings),
-        *(names.index_key(table, each) for table in tables for each in table.embeddings),
-        *map(names.quality_key, tables),
-    )
-
-
 def _schedule(name: str, at: str, zone: str, tables: Sequence[TableSpec]) -> dg.ScheduleDefinition:
     listed = ", ".join(f"`{table.table}`" for table in tables)
 
@@ -85,7 +79,7 @@ def _schedule(name: str, at: str, zone: str, tables: Sequence[TableSpec]) -> dg.
         name=name,
         cron_schedule=cron(at),
         execution_timezone=zone,
-        target=_target(tables),
+        job_name=ASSET_JOB,
         default_status=dg.DefaultScheduleStatus.RUNNING
         if default_sensor_status() is dg.DefaultSensorStatus.RUNNING
         else dg.DefaultScheduleStatus.STOPPED,
@@ -123,7 +117,7 @@ def _follow_up(tables: Sequence[TableSpec]) -> dg.SensorDefinition:
 
     @dg.sensor(
         name=FOLLOW_UP,
-        target=_target(tables),
+        job_name=ASSET_JOB,
         minimum_interval_seconds=FOLLOW_UP_SECONDS,
         default_status=default_sensor_status(),
         description=(

@@ -314,6 +314,8 @@ def test_it_starts_by_itself_only_where_the_sensors_do(
 def test_the_shipped_tables_have_their_night() -> None:
     from embedding_pipeline.definitions import defs
 
+    # tables with different partitions, as a code server loads them
+    dg.Definitions.validate_loadable(defs())
     repository = defs().get_repository_def()
     description = repository.get_schedule_def("nightly").description or ""
     for table in ("bora_docs", "knowledge_chunks", "lexicon", "phrases"):
