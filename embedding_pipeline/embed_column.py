@@ -20,6 +20,7 @@ from embedding_pipeline.errors import LeaseError, PipelineError, SpecError
 from embedding_pipeline.settings import load_settings
 from embedding_pipeline.shared_budget import shared_budgets
 from embedding_pipeline.spec import EmbeddingSpec
+from embedding_pipeline.store.bulk_load import prepare_load
 from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import DatabaseUnreachableError, connect
 from embedding_pipeline.store.indexes import reindex_pending_if_bloated, vacuum
@@ -163,6 +164,8 @@ def embed_column(
         if held:
             report(f"{column}: leaving out {describe_holders(held)}")
         expected = sum(_among(counts, lease.partitions).values())
+        with connect(url) as connection:
+            prepare_load(connection, column, expected, report=report)
         work = _backfill(url, column, lease, options, expected, most_refused, on_progress)
         try:
             outcome = asyncio.run(work)

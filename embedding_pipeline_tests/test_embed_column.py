@@ -12,8 +12,10 @@ from embedding_pipeline.backfill import BackfillError, Options
 from embedding_pipeline.embed_column import embed_column, forecast
 from embedding_pipeline.errors import IdentityError, LeaseError, PipelineError
 from embedding_pipeline.settings import load_settings
+from embedding_pipeline.store import bulk_load
 from embedding_pipeline.store import lease as lease_module
 from embedding_pipeline.store.column import Column
+from embedding_pipeline.store.indexes import build_hnsw, index_state
 from embedding_pipeline.store.lease import Lease, read_leases
 from embedding_pipeline.store.pending import count_kinds
 from embedding_pipeline_tests.faults.server import FaultServer, Status
@@ -68,6 +70,23 @@ def test_a_run_embeds_accounts_and_releases(
         "SELECT pending_since FROM embedding_pipeline.embedding_column"
     ).fetchone()
     assert row == (None,)
+
+
+def test_a_bulk_run_drops_an_index_of_an_empty_column_before_it_writes(
+    database: str, connection: Connection, column: Column, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # left in place, an index that finds nothing makes the load several times slower
+    monkeypatch.setattr(bulk_load, "BULK_ROWS", 50)
+    connection.execute("ANALYZE docs")
+    build_hnsw(connection, column)
+    said: list[str] = []
+
+    embed_column(database, column, PARTITIONS, Options(), report=said.append)
+
+    assert index_state(connection, column).state == "missing"
+    assert any("the index is built again once the rows are in" in line for line in said)
+    assert wrong_rows(connection, column) == []
+    assert build_hnsw(connection, column).built
 
 
 def test_a_limited_run_says_what_remains(

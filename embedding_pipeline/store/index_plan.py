@@ -230,10 +230,13 @@ def plan_index(
     existing: Sequence[Existing],
     *,
     when_built: Sequence[Statement] = (),
+    replace: bool = False,
 ) -> list[Statement]:
     """The statements that bring an index into being; [] (and `when_built`) when it is right.
 
-    `when_built` goes in after the new index is complete and before an old one is dropped.
+    With `replace`, one that is right is built anew beside the old and takes its place (not on a
+    partitioned table). `when_built` goes in after the new index is complete and before an old one
+    is dropped.
     Raises SchemaError when its name belongs to something else, or somebody is building it.
     """
     facts = wanted.column.facts
@@ -246,7 +249,8 @@ def plan_index(
     for index in leftovers(wanted, existing):
         plan.drop(index, "left over from a REINDEX that failed")
 
-    if current and current.valid and wanted.matches(current):
+    anew = replace and not facts.is_partitioned
+    if current and current.valid and wanted.matches(current) and not anew:
         plan.steps.extend(when_built)
         if other:
             plan.drop(other, "left over from an earlier rebuild")
@@ -274,7 +278,7 @@ def plan_index(
     plan.steps.extend(when_built)
     if target == spare:
         if current:
-            plan.drop(current, plan.reason(current))
+            plan.drop(current, "the new one takes its place" if anew else plan.reason(current))
         plan.rename(spare)
     return plan.steps
 

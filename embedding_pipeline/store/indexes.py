@@ -23,6 +23,7 @@ from embedding_pipeline.store.index_plan import (
     wanted_hnsw,
     wanted_queues,
 )
+from embedding_pipeline.store.pending import estimated_rows
 
 Connection = psycopg.Connection[Any]
 
@@ -33,6 +34,12 @@ BLOATED_RATIO = 20
 _ROW_BYTES = 100  # of a pending index: a generous guess for partition and key
 
 OLD_SNAPSHOT_SECONDS = 10
+
+WORN_BYTES = 8 * 1024 * 1024
+"""A smaller HNSW index is not worth replacing."""
+WORN_RATIO = 1.7
+"""Replaced when it is so many times larger than its rows need: most of its graph is dead rows
+then, as after every row was embedded anew with the index in place (twice the size)."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +108,11 @@ def build_hnsw(
     parallel_workers: int = 2,
     patience: float = ddl.PATIENCE_SECONDS,
 ) -> IndexReport:
-    """Build the column's HNSW index CONCURRENTLY where it is missing, invalid or another.
+    """Build the column's HNSW index CONCURRENTLY where it is missing, invalid, another or worn.
 
-    A valid one is left alone, under whatever name. A server that grants more
+    A valid one is left alone, under whatever name, unless most of it is dead rows (`is_worn`):
+    then a new one is built under a second name while the old one serves search, and takes its
+    place. A server that grants more
     `maintenance_work_mem` by itself keeps to that. Progress, and for whom the build waits, go to
     `report` as they change. Where the server's shared memory is too small for a parallel build
     (64 MB in many containers) it is built without. The settings belong to the session, so behind
@@ -116,9 +125,11 @@ def build_hnsw(
 
     def steps() -> list[Statement]:
         existing = existing_indexes(connection, column.facts.oid)
-        if _state(wanted, existing).state == "valid":
+        state = _state(wanted, existing)
+        worn = state.state == "valid" and _worn_out(connection, column, state)
+        if state.state == "valid" and not worn:
             return []
-        return plan_index(connection, wanted, existing)
+        return plan_index(connection, wanted, existing, replace=worn)
 
     notices: list[str] = []
 
@@ -169,6 +180,32 @@ def build_hnsw(
         rows=state.rows,
         parallel=bool(steps_now) and parallel,
         notices="; ".join(dict.fromkeys(filter(None, notices))),
+    )
+
+
+def fresh_bytes(rows: int, dimensions: int) -> int:
+    """About how large a fresh HNSW index of the `vector` type is.
+
+    An element and its neighbours share a page where they fit (pgvector, src/hnsw.h): 72 bytes and
+    the vector, and for m = 16 two lists of 16 pointers of 6 bytes; few rows have upper layers.
+    """
+    row = 72 + 8 + 4 * dimensions + 4 + 2 * 16 * 6 + 16
+    return 8192 * -(-rows // max(1, 8120 // row))
+
+
+def is_worn(index_bytes: int, rows: int, dimensions: int) -> bool:
+    """Whether most of an index that holds so many live rows is dead ones."""
+    most = WORN_RATIO * fresh_bytes(rows, dimensions)
+    return rows > 0 and index_bytes > WORN_BYTES and index_bytes > most
+
+
+def _worn_out(connection: Connection, column: Column, state: IndexState) -> bool:
+    # rows without a vector count too: better a replacement too few than one every night
+    rows = estimated_rows(connection, column)
+    return (
+        state.name == column.hnsw_index
+        and not column.facts.is_partitioned
+        and is_worn(state.size_bytes, rows, column.embedding.dimensions)
     )
 
 
