@@ -59,7 +59,11 @@ def embedding_schema(column: Column, read: list[str]) -> dg.TableSchema:
     )
     attributes = column.facts.attributes
     return dg.TableSchema(
-        [_described(column.table, attributes[name]) for name in shown if name in attributes]
+        [
+            _described(column.table, attributes[name], "read by the text or by what is eligible")
+            for name in shown
+            if name in attributes
+        ]
     )
 
 
@@ -77,12 +81,14 @@ def column_lineage(column: Column, read: list[str]) -> dg.TableColumnLineage:
     )
 
 
-def _described(table: TableSpec, column: ColumnFacts) -> dg.TableColumn:
+def _described(
+    table: TableSpec, column: ColumnFacts, otherwise: str | None = None
+) -> dg.TableColumn:
     keys = table.key_columns
     return dg.TableColumn(
         column.name,
         column.type,
-        description=_meaning(table, column.name),
+        description=_meaning(table, column.name) or otherwise,
         constraints=dg.TableColumnConstraints(
             nullable=not column.not_null,
             unique=keys == [column.name],

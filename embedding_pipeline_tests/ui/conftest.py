@@ -1,6 +1,7 @@
 """One `embedding-pipeline dev` on a home of its own, and a browser in front of it."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from embedding_pipeline.settings import PROJECT_ROOT
 
@@ -28,6 +29,9 @@ FLAGS = [
     "--disable-sync",
 ]
 START_SECONDS = 180
+
+# what is awaited comes when it comes: a busy machine is no failure
+expect.set_options(timeout=60_000)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -149,5 +153,6 @@ def page(browser: Browser, project: Project, request: pytest.FixtureRequest) -> 
     page = browser.new_page(viewport={"width": 1280, "height": 800}, base_url=project.address)
     page.set_default_timeout(60_000)
     yield page
-    page.screenshot(path=project.pictures / f"{request.node.name}.png")
+    name = re.sub(r"\W+", "_", request.node.name).strip("_")
+    page.screenshot(path=project.pictures / f"{name}.png")
     page.close()
