@@ -113,8 +113,8 @@ def pause_embedding() -> None:
 
 @dg.job(
     name="resume_embedding",
-    description="Resumes a paused table or column; its pending rows are embedded again. The same "
-    "as `embedding-pipeline resume TABLE [COLUMN]`.",
+    description="Resumes a paused table or column: its sensor, or a materialisation, embeds what "
+    "is pending. The same as `embedding-pipeline resume TABLE [COLUMN]`.",
 )
 def resume_embedding() -> None:
     resume_op()
