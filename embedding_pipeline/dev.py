@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -56,13 +57,13 @@ def serve(host: str, port: int, sensors: bool) -> int:
     click.echo("Ctrl-C stops everything.")
     # the code lies here also where it is not installed
     path = [str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]
-    warnings = [os.environ.get("PYTHONWARNINGS", ""), QUIET]
+    ignored = [os.environ.get("PYTHONWARNINGS", ""), QUIET]
     environment = {
         **os.environ,
         SENSORS_VARIABLE: "on" if sensors else "off",
         "DAGSTER_UI_URL": os.environ.get("DAGSTER_UI_URL") or address,
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        "PYTHONWARNINGS": ",".join(filter(None, warnings)),
+        "PYTHONWARNINGS": ",".join(filter(None, ignored)),
     }
     with _stopped_by_signals() as stopping:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
@@ -82,6 +83,8 @@ def serve(host: str, port: int, sensors: bool) -> int:
         finally:
             stopped = bool(stopping)
             _stop(process)
+    # the embedded servers outlive us by some seconds, on purpose
+    warnings.filterwarnings("ignore", "subprocess .* is still running", ResourceWarning)
     return 0 if stopped else process.returncode or 1
 
 

@@ -40,7 +40,7 @@ def summary(
         ("alerts", _alerts(settings)),
         *(("paused", line) for line in _paused(tables)),
     ]
-    return [f"{name:<13} {what}" for name, what in lines]
+    return [f"{name:<12} {what}" for name, what in lines]
 
 
 def _servers(tables: Sequence[TableSpec], settings: Settings) -> list[str]:
