@@ -6,8 +6,6 @@ from functools import partial
 from itertools import accumulate
 from uuid import UUID
 
-import numpy as np
-
 from embedding_pipeline.backfill.flow import Batch, Flow, Waiting, Write
 from embedding_pipeline.backfill.outcome import TOO_DEAR
 from embedding_pipeline.brakes import BrakedError, Reservation
@@ -192,6 +190,7 @@ class Sender:
         self._account(batch, result)
         flow, memory = self.flow, self.flow.memory
         truncated = set(result.truncated)
+        counts = flow.outcome.partitions
         writes: list[Write] = []
         unfinished: list[Waiting] = []
         for index, waiting in enumerate(batch.inputs):
@@ -205,11 +204,12 @@ class Sender:
                 ]
             elif result.done[index]:
                 # a copy: a view would keep the whole response alive for as long as one row is
-                vector = np.array(result.vectors[index], dtype=np.float32)
+                vector = result.vectors[index].copy()
                 memory.unwritten.add(fingerprint)
                 memory.keep(fingerprint, vector)
                 for number, (key, row) in enumerate(waiting.rows):
-                    flow.outcome.partitions[key].truncated += index in truncated
+                    if index in truncated:
+                        counts[key].truncated += 1
                     staged = StagedRow(row, fingerprint, vector)
                     kind = "reused" if number else "embedded"
                     writes.append(Write(key, staged, kind, batch=batch))

@@ -70,6 +70,17 @@ class _Job:
             self.error = error
             self.stopped.set_result(None)
 
+    def take(self, indices: list[int], answer: Answer) -> None:
+        """An answer to these inputs. One to all of them is the result as it is, without a copy."""
+        result = self.result
+        if len(indices) == len(result.done):
+            result.vectors = answer.vectors
+        else:
+            if not result.vectors.flags.writeable:
+                result.vectors = result.vectors.copy()
+            result.vectors[indices] = answer.vectors
+        result.done[indices] = True
+
     async def sleep(self, waiting: Awaitable[None]) -> None:
         """Wait, but no longer than the call goes on."""
         task = asyncio.ensure_future(waiting)
@@ -222,7 +233,8 @@ class ProviderEmbedder:
         else:
             inputs = prepare(texts, rules)
         result = EmbedResult(
-            vectors=np.full((len(texts), self.dimensions), np.nan, dtype=np.float32),
+            # takes no memory until a part of it is known
+            vectors=np.broadcast_to(np.float32(np.nan), (len(texts), self.dimensions)),
             done=np.zeros(len(texts), dtype=np.bool_),
             refused=inputs.refused,
             truncated=inputs.truncated,
@@ -248,8 +260,7 @@ class ProviderEmbedder:
             try:
                 answer = await self._send(job, indices, again=tries > 0)
                 if answer is not None:
-                    job.result.vectors[indices] = answer.vectors
-                    job.result.done[indices] = True
+                    job.take(indices, answer)
                 return
             except InputError as error:
                 if len(indices) > 1:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 
+CHUNK_BYTES = 1024 * 1024
+
+
 class OpenAIWire:
     """`POST /embeddings`.
 
@@ -43,7 +46,9 @@ class OpenAIWire:
                 max_retries=0,
                 timeout=endpoint.timeout_seconds,
                 http_client=openai.DefaultAioHttpClient(
-                    follow_redirects=False, trust_env=not is_loopback(endpoint.base_url)
+                    follow_redirects=False,
+                    trust_env=not is_loopback(endpoint.base_url),
+                    event_hooks={"response": [_read_in_large_chunks]},
                 ),
             )
         self._client.base_url = endpoint.base_url
@@ -129,6 +134,14 @@ class OpenAIWire:
         usage = parsed.get("usage")
         tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
         return Answer(vectors, tokens if type(tokens) is int and tokens >= 0 else None, headers)
+
+
+async def _read_in_large_chunks(response: Any) -> None:
+    """The transport hands a body on in pieces of 16 kB, each through four generators: a tenth of
+    the CPU time of an answer of half a megabyte."""
+    stream: Any = getattr(response.stream, "_stream", None)
+    if hasattr(stream, "CHUNK_SIZE"):
+        stream.CHUNK_SIZE = CHUNK_BYTES
 
 
 def takes_dimensions(model: str) -> bool:

@@ -129,12 +129,14 @@ def estimated_tokens(text: str) -> int:
     refuses is handled like any refused input.
     """
     encoded = text.encode("utf-8", "surrogatepass")
+    if len(encoded) == len(text):
+        other = len(encoded.translate(None, _PLAIN))
+        return -(-(len(encoded) - other) // 3) + other
     ascii_only = encoded.translate(None, _NOT_ASCII)
     other = len(ascii_only.translate(None, _PLAIN))
     wide = sum(
         weight * (len(encoded) - len(encoded.translate(None, leads)))
         for leads, weight in _WEIGHTS_BY_LEAD_BYTE
-        if len(ascii_only) < len(encoded)
     )
     return -(-(len(ascii_only) - other) // 3) + other + wide
 

@@ -11,6 +11,7 @@ batch): a quarter less of the server's CPU, because no vector is written twice; 
 instead of three; no entries in the catalogue, and no TEMP privilege.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +27,9 @@ from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.quarantine import json_key
 
 TARGET_SECONDS = 0.1
-SMALLEST_BATCH, LARGEST_BATCH = 16, 512
-"""Rows a batch. More than the largest gains nothing: a batch of 512 costs 2 % more a row than one
-of 2,000, and everything in it waits four times as long to be written."""
+SMALLEST_BATCH, LARGEST_BATCH = 16, 256
+"""Rows a batch. More than the largest gains nothing: rows of 128 cost as much as rows of 512, and
+everything in a batch waits for the last of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +84,15 @@ class Writer:
         keys = [
             _array(_TEXT, [row.key[i].encode() for row in rows]) for i in range(len(rows[0].key))
         ]
-        expected = _array(
-            _UUID, [row.fingerprint.bytes if row.fingerprint else None for row in rows]
-        )
+        fingerprints = [row.fingerprint.bytes if row.fingerprint else None for row in rows]
+        stored = [
+            None if row.vector is None else fingerprint
+            for row, fingerprint in zip(rows, fingerprints, strict=True)
+        ]
         vectors = _vectors(self._vector_oid, [row.vector for row in rows])
         async with connection.transaction():
             await connection.execute(_PLANNER)
-            parameters = [*keys, expected, vectors]
+            parameters = [*keys, _array(_UUID, fingerprints), _array(_UUID, stored), vectors]
             result = await (await connection.execute(self._write, parameters)).fetchone()
             assert result is not None
             held, wanted, written = map(frozenset, result[:3])
@@ -128,16 +131,19 @@ filled, reads all of it for a batch's few keys."""
 
 def _statements(column: Column) -> tuple[sql.Composed, sql.Composed]:
     """The write and the question which rows exist; keys are parameters $1 to $n (text[]), for the
-    write the expected fingerprints (uuid[]) and the vectors (vector[]) follow."""
+    write follow what the texts must call for and what is to be stored as fingerprint (uuid[]),
+    and the vectors (vector[])."""
     names = column.table.key_columns
     keys = [sql.SQL("${}::text[]").format(sql.SQL(str(i + 1))) for i in range(len(names))]
-    fingerprints = sql.SQL("(${}::uuid[])").format(sql.SQL(str(len(names) + 1)))
+    fingerprints, stored = (
+        sql.SQL("(${}::uuid[])").format(sql.SQL(str(len(names) + n))) for n in (1, 2)
+    )
     vectors = sql.SQL("(${}::{}[])").format(
-        sql.SQL(str(len(names) + 2)), sql.Identifier(column.facts.vector_schema, "vector")
+        sql.SQL(str(len(names) + 3)), sql.Identifier(column.facts.vector_schema, "vector")
     )
     staged_keys = [sql.Identifier(f"staged_key_{i}") for i in range(len(names))]
-    # an element of an array is found by walking past those before it: for 512 of 6 kB a
-    # thousandth of what writing them takes, and no vector is copied into a tuple store
+    # an element of an array is found by walking past those before it, a microsecond for 256 of
+    # 6 kB: so each vector is looked up once, and none is copied into a tuple store
     staged = sql.SQL("unnest({keys}) WITH ORDINALITY AS staged({names}, staged_position)").format(
         keys=sql.SQL(", ").join(keys), names=sql.SQL(", ").join(staged_keys)
     )
@@ -156,7 +162,7 @@ def _statements(column: Column) -> tuple[sql.Composed, sql.Composed]:
     # A row that is held is looked at as it is now and cannot change until we are done with it
     write = sql.SQL(
         "WITH held AS MATERIALIZED ("
-        " SELECT staged.staged_position::int,"
+        " SELECT {staged_keys}, staged.staged_position::int,"
         "  {expected} IS NOT DISTINCT FROM {fingerprints}[staged.staged_position::int] AS wanted"
         "  FROM {relation} AS t JOIN {staged} ON {same_as_staged}"
         "  ORDER BY {order} FOR NO KEY UPDATE OF t SKIP LOCKED),"
@@ -164,7 +170,7 @@ def _statements(column: Column) -> tuple[sql.Composed, sql.Composed]:
         "  UPDATE {relation} AS t SET {vector} = {new_vector}, {fingerprint} = {new_fingerprint}"
         "  FROM held WHERE held.wanted AND {same_as_held} AND"
         "  (t.{fingerprint} IS DISTINCT FROM {new_fingerprint}"
-        "   OR (t.{vector} IS NULL) <> ({new_vector} IS NULL))"
+        "   OR (t.{vector} IS NULL) <> ({new_fingerprint} IS NULL))"
         "  RETURNING held.staged_position)"
         " SELECT (SELECT coalesce(array_agg(staged_position - 1), '{{}}') FROM held),"
         "  (SELECT coalesce(array_agg(staged_position - 1), '{{}}') FROM held WHERE wanted),"
@@ -175,16 +181,15 @@ def _statements(column: Column) -> tuple[sql.Composed, sql.Composed]:
         relation=column.relation,
         staged=staged,
         same_as_staged=same_as_staged,
-        same_as_held=same_key([staged_value(sql.SQL("({})").format(key)) for key in keys]),
+        staged_keys=sql.SQL(", ").join(sql.SQL("staged.{}").format(key) for key in staged_keys),
+        same_as_held=same_key([sql.SQL("held.{}").format(key) for key in staged_keys]),
         order=sql.SQL(", ").join(sql.SQL("t.{}").format(sql.Identifier(name)) for name in names),
         vector=column.vector,
         fingerprint=column.fingerprint,
         expected=column.expected,
         fingerprints=fingerprints,
         new_vector=staged_value(vectors),
-        new_fingerprint=sql.SQL("CASE WHEN {} IS NOT NULL THEN {} END").format(
-            staged_value(vectors), staged_value(fingerprints)
-        ),
+        new_fingerprint=staged_value(stored),
     )
     existing = sql.SQL(
         "SELECT coalesce(array_agg(staged.staged_position - 1), '{{}}')"
@@ -203,14 +208,14 @@ class _Binary:
 
     __slots__ = ("data",)
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | memoryview) -> None:
         self.data = data
 
 
 class _BinaryDumper(Dumper):
     format = Format.BINARY
 
-    def dump(self, obj: _Binary) -> bytes:
+    def dump(self, obj: _Binary) -> bytes | memoryview:
         return obj.data
 
 
@@ -237,14 +242,15 @@ def _vectors(
     if len(given) < len(vectors) or len(widths) != 1:
         return _array(element_oid, [None if v is None else _vector_bytes(v) for v in vectors])
     (width,) = widths
-    wire = np.empty(
-        len(given),
-        np.dtype([("bytes", ">i4"), ("width", ">i2"), ("unused", ">i2"), ("x", ">f4", (width,))]),
-    )
-    wire["bytes"], wire["width"], wire["unused"] = 4 + 4 * width, width, 0
-    for position, vector in enumerate(given):
-        wire["x"][position] = vector
-    return _Binary(_array_head(element_oid, len(given), nulls=False) + wire.tobytes())
+    head = np.frombuffer(_array_head(element_oid, len(given), nulls=False), dtype=">u4")
+    wire = np.empty(len(head) + len(given) * (2 + width), dtype=np.uint32)
+    wire[: len(head)] = head
+    rows = wire[len(head) :].reshape(len(given), 2 + width)
+    rows[:, 0], rows[:, 1] = 4 + 4 * width, width << 16
+    np.stack(given, out=rows.view(np.float32)[:, 2:])
+    if sys.byteorder == "little":
+        wire.byteswap(inplace=True)
+    return _Binary(wire.data.cast("B"))
 
 
 def _vector_bytes(vector: "np.ndarray[Any, np.dtype[np.float32]]") -> bytes:

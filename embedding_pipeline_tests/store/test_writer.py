@@ -370,7 +370,7 @@ def test_a_large_table_is_reached_through_its_key(database: str, connection: Con
             fingerprints = [row.fingerprint for row in rows]
             vectors = ["[1,2,3,4]"] * len(rows)
             for query, parameters in (
-                (subject._write, [keys, fingerprints, vectors]),
+                (subject._write, [keys, fingerprints, fingerprints, vectors]),
                 (subject._existing, [keys]),
             ):
                 cursor = await c.execute(
