@@ -4,9 +4,13 @@ Two things can be limited at the other end, and an answer 429 does not say which
 requests are in flight (TEI's permits), or how many arrive in a second (most APIs). The limiter
 has a control for each:
 
-- `window`, the places for requests in flight. It doubles while the rate of answers rises with
-  it, and is tried a quarter wider (or a fifth narrower) now and then. A throttle with more
-  requests in flight than were ever answered side by side closes the place that was too many.
+- `window`, the places for requests in flight. It begins as wide as is allowed, up to
+  `FIRST_WINDOW`, because every doubling of a narrow one costs a run two round trips; the first
+  answers then say how many requests the endpoint really works on at once (its rate of answers
+  times the time that an unhindered one takes), and twice that is kept. From there it doubles while
+  the rate of answers rises with it, and is tried a quarter wider (or a fifth narrower) now and
+  then. A throttle with more requests in flight than were ever answered side by side closes the
+  place that was too many.
 - `rate`, requests a second, unknown until a throttle shows that it is limited. It becomes 95 %
   of the rate at which answers came in just before, or half of what it was where that is not
   known yet. After 100 calm answers it is tried 5 % higher, then more. As long as nothing at all
@@ -31,7 +35,9 @@ from embedding_pipeline.embedders.port import Endpoint
 
 Permission = Callable[[], Awaitable[None]]
 
-FIRST_WINDOW = 4.0
+FIRST_WINDOW = 32.0
+NARROWEST_START = 4.0
+"""What the first answers may narrow the window to."""
 MARGIN = 0.95
 """Of the measured limit."""
 HOLD = 100
@@ -150,7 +156,8 @@ class Limiter:
             self._try_more_places()
         elif self.rate is None:
             full = self._queued > 0 or self.in_flight >= self.window
-            self.window = min(self.ceiling, self._search.next(self.window, self.ceiling, full, now))
+            searched = self._search.next(self.window, self.ceiling, full, sent.at, now)
+            self.window = min(self.ceiling, searched)
         if self.rate is not None:
             self._rate_when_answered = self.rate
             self._try_higher_rate(self.rate)
@@ -196,7 +203,7 @@ class Limiter:
         if retry_after:
             self._paused_until = max(self._paused_until, self._clock() + retry_after)
         self._failures_in_a_row += 1
-        if self._failures_in_a_row >= max(FIRST_WINDOW, self.window):
+        if self._failures_in_a_row >= max(NARROWEST_START, self.window):
             self._failures_in_a_row = 0
             self.window = max(1.0, self.window / 2)
             self._places_limited = False
@@ -230,7 +237,8 @@ class Limiter:
 
 
 class _Search:
-    """The window that pays, by comparing the rate of answers before and after a change.
+    """The window that pays: measured once, then by comparing the rate of answers before and after
+    a change.
 
     A change is judged over two windows' worth of answers, and only while requests wait for a
     place: an idle endpoint says nothing.
@@ -241,13 +249,17 @@ class _Search:
 
     def __init__(self) -> None:
         self._factor = self.WIDER
+        self._first: list[float] | None = []
+        self._first_sent = math.inf
         self._before: tuple[float, float] | None = None
         self._round_began: float | None = None
         self._answers = 0
         self._rest = 0
 
-    def next(self, window: float, ceiling: float, full: bool, now: float) -> float:
-        """The window after one more answer."""
+    def next(self, window: float, ceiling: float, full: bool, sent: float, now: float) -> float:
+        """The window after one more answer, to a request that was sent then."""
+        if self._first is not None:
+            return self._measured(window, full, sent, now)
         if not full:
             self._round_began = None
             return window
@@ -278,6 +290,21 @@ class _Search:
         else:
             self._settle()
         return window if pays else window_before
+
+    def _measured(self, window: float, full: bool, sent: float, now: float) -> float:
+        """After the first windowful of answers: twice as many as were worked on at once."""
+        assert self._first is not None
+        if not full and len(self._first) < window / 2:
+            return window  # not put to the test yet
+        self._first_sent = min(self._first_sent, sent)
+        self._first.append(now - sent)
+        if len(self._first) < window:
+            return window
+        rate = len(self._first) / max(1e-9, now - self._first_sent)
+        # the quickest waited for nobody; a tenth of them, for one may be quick by chance
+        unhindered = sorted(self._first)[len(self._first) // 10]
+        self._first = None
+        return min(window, max(NARROWEST_START, math.ceil(2 * rate * unhindered)))
 
     def _change(self, window: float, ceiling: float, rate: float) -> float:
         changed = max(1.0, min(ceiling, window * self._factor))

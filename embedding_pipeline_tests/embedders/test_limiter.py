@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from embedding_pipeline.embedders.limiter import FIRST_WINDOW, Limiter
+from embedding_pipeline.embedders.limiter import Limiter
 from embedding_pipeline_tests.embedders.support import run_in_virtual_time
 
 
@@ -210,7 +210,7 @@ def test_a_retry_after_holds_everyone_back() -> None:
 
 def test_places_are_given_in_order_and_returned_by_those_who_leave_the_line() -> None:
     async def main() -> None:
-        limiter = Limiter(32, clock=asyncio.get_running_loop().time)
+        limiter = Limiter(4, clock=asyncio.get_running_loop().time)
         order: list[int] = []
 
         async def enter(number: int) -> None:
@@ -220,13 +220,13 @@ def test_places_are_given_in_order_and_returned_by_those_who_leave_the_line() ->
         waiting = [asyncio.create_task(enter(number)) for number in range(10)]
         await asyncio.sleep(1)
         assert order == [0, 1, 2, 3]
-        assert limiter.in_flight == FIRST_WINDOW
+        assert limiter.in_flight == 4
         waiting[4].cancel()
         waiting[6].cancel()
         for _ in range(4):
             limiter.leave()
         await asyncio.gather(*waiting, return_exceptions=True)
         assert order == [0, 1, 2, 3, 5, 7, 8, 9]
-        assert limiter.in_flight == FIRST_WINDOW
+        assert limiter.in_flight == 4
 
     run_in_virtual_time(main())
