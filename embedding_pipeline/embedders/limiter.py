@@ -13,11 +13,13 @@ has a control for each:
   place that was too many.
 - `rate`, requests a second, unknown until a throttle shows that it is limited. It becomes 95 %
   of the rate at which answers came in just before, or half of what it was where that is not
-  known yet. After 100 calm answers it is tried 5 % higher, then more. As long as nothing at all
+  known yet. After 200 calm answers it is tried 5 % higher, then more. As long as nothing at all
   is answered it falls no further than to a sixteenth: a door that is shut says nothing of how
   many may pass, and what it fell to must not outlast the storm.
 
-Settled, one request in about 100 is throttled, and 92 to 100 % of what the limit allows is
+Throttles that come whatever the load is are not answered with less load (`Blame`).
+
+Settled, one request in about 200 is throttled, and 94 to 100 % of what the limit allows is
 used (simulated for 1 to 200 requests a second, bursts of a tenth of a second to ten seconds,
 1 to 16 permits; a server that allows no burst at all at 200 a second is used to 77 %).
 """
@@ -30,6 +32,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+from embedding_pipeline.embedders.blame import Blame
 from embedding_pipeline.embedders.budget import Clock, Sleep
 from embedding_pipeline.embedders.port import Endpoint
 
@@ -40,7 +43,7 @@ NARROWEST_START = 4.0
 """What the first answers may narrow the window to."""
 MARGIN = 0.95
 """Of the measured limit."""
-HOLD = 100
+HOLD = 200
 """Answers without a throttle before more is tried; half as many before the next try."""
 SAMPLE = 50
 """Answers that the measured rate is taken from; fewer than 10 do not count."""
@@ -91,6 +94,7 @@ class Limiter:
         self._rate_calm = 0
         self._rate_step = 1 / MARGIN
         self._search = _Search()
+        self._blame = Blame()
 
     def lower_ceiling(self, ceiling: int) -> None:
         """The endpoint says that it takes fewer at once."""
@@ -152,6 +156,7 @@ class Limiter:
         self._most_beside = max(self._most_beside, sent.beside)
         self._failures_in_a_row = 0
         self._answered_at.append(now)
+        self._blame.note(answered=True, now=now)
         if self._places_limited:
             self._try_more_places()
         elif self.rate is None:
@@ -169,9 +174,17 @@ class Limiter:
         self._failures_in_a_row = 0
         if retry_after:
             self._paused_until = max(self._paused_until, now + retry_after)
+        self._blame.note(answered=False, now=now)
         if sent.at <= self._reacted_at:
             return  # sent before the last throttle was known: the same event
+        if self._blame.unexplained or self._blame.too_early:
+            return
         self._reacted_at = now
+        if (heavier := self._blame.heavier_and_as_good(now, self.window)) is not None:
+            self.rate, self.window = heavier.load, max(self.window, heavier.window)
+            self._bad_rate, self._rate_calm, self._rate_step = heavier.load / MARGIN, 0, 1 / MARGIN
+            self._places_limited = False
+            return
         if sent.beside > 1 and self._most_beside < sent.beside:
             self.window = float(sent.beside - 1)
             self._places_limited = True

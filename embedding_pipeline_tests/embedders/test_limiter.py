@@ -23,6 +23,8 @@ class Endpoint:
     """Requests in flight; one more is answered 429."""
     servers: int | None = None
     """Requests worked on at once; more wait their turn."""
+    turned_away: float = 0.0
+    """The share that is answered 429 whatever the load."""
     retry_after: bool = False
 
     def __post_init__(self) -> None:
@@ -34,6 +36,9 @@ class Endpoint:
         """(answered, Retry-After where it was not)."""
         self._in_flight += 1
         try:
+            if self._rng.random() < self.turned_away:
+                await asyncio.sleep(0.005)
+                return False, None
             if self.permits is not None and self._in_flight > self.permits:
                 await asyncio.sleep(0.005)
                 return False, None
@@ -125,6 +130,45 @@ def test_a_limit_is_used_to_90_percent_with_under_2_percent_throttled(
     outcome = simulate(endpoint(), requests)
     assert outcome.rate >= 0.9 * allowed
     assert outcome.throttled_share < 0.02
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5])
+@pytest.mark.parametrize("latency", [0.05, 0.25])
+def test_throttles_that_come_at_any_load_do_not_slow_down(share: float, latency: float) -> None:
+    """A gateway answered 429 to three requests in ten, whatever was sent. Each was taken for a
+    limit on the rate, which fell to a request every two seconds and stayed there."""
+    outcome = simulate(Endpoint(turned_away=share, latency=latency), 5_000, ceiling=16)
+    # 32 workers wait 0.375 s each time before they send again; 16 requests at a time
+    most = min(16 / latency * (1 - share), 32 / (latency + 0.375 * share / (1 - share)))
+    assert outcome.rate >= 0.6 * most
+
+
+def test_a_limit_that_appears_where_throttles_were_usual_is_kept() -> None:
+    endpoint = Endpoint(turned_away=0.3, rate=40, burst=4, latency=0.05)
+    outcome = simulate(endpoint, 6_000, ceiling=16)
+    assert outcome.rate >= 0.5 * 40
+    assert outcome.throttled_share < 0.5
+
+
+def test_the_first_requests_need_no_more_round_trips_than_there_are_places() -> None:
+    """10,000 rows at an endpoint 250 ms away took two seconds instead of 1.3, because the window
+    began at four and was doubled only when it had been compared with the one before."""
+
+    async def main() -> float:
+        clock = asyncio.get_running_loop().time
+        limiter = Limiter(32, clock=clock)
+
+        async def one() -> None:
+            sent = await limiter.enter()
+            await asyncio.sleep(0.25)
+            limiter.succeeded(sent)
+            limiter.leave()
+
+        began = clock()
+        await asyncio.gather(*(one() for _ in range(157)))
+        return clock() - began
+
+    assert run_in_virtual_time(main()) <= 5.2 * 0.25
 
 
 def test_concurrency_is_raised_to_the_ceiling_while_it_pays() -> None:

@@ -1,0 +1,105 @@
+"""Whether it is our own load that is being throttled, or whether throttles come whatever we do.
+
+Less of a load that is too much is answered better: at half the rate, twice the share. Where less
+is answered no better, sending less only loses what would have been answered: a gateway that turns
+away three requests in ten drove a run down to one request every two seconds.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+ENOUGH = 12
+"""Requests that tell how a level of load is answered."""
+REMEMBERED_LEVELS = 24
+LIGHTER, MUCH_LIGHTER = 2.0, 4.0
+"""Times that a load must be lighter than another to be compared with it; the second where nearly
+everything is answered."""
+OVERLOADED = 0.4
+"""Of a load of which less was answered nothing is concluded: it can be far too much, and half of
+it still too much."""
+ANSWERED = 0.9
+"""So much is nearly everything."""
+TOO_MUCH_BETWEEN = 0.25
+"""A load in between that was answered so much worse was too much: what was before it says nothing
+of how things are now."""
+RECENT = 60
+"""Requests whose share of answers is compared with the one that we put up with."""
+WORSE = 0.75
+
+
+@dataclass(frozen=True)
+class Level:
+    """How a load was answered: requests a second, the share that was answered, the window."""
+
+    load: float
+    share: float
+    window: float
+
+
+class Blame:
+    """Fed with every outcome; asked at each throttle."""
+
+    def __init__(self) -> None:
+        self._levels: deque[Level] = deque(maxlen=REMEMBERED_LEVELS)
+        self._recent: deque[bool] = deque(maxlen=RECENT)
+        self._since: float | None = None
+        self._sent = self._answered = 0
+        self._usual: float | None = None
+        """The share that is answered whatever we do; None while throttles are our doing."""
+
+    def note(self, answered: bool, now: float) -> None:
+        """One request was answered, or throttled."""
+        if self._since is None:
+            self._since = now
+        self._sent += 1
+        self._answered += answered
+        self._recent.append(answered)
+        if self._usual is not None and len(self._recent) == RECENT and all(self._recent):
+            self._usual = None
+
+    @property
+    def unexplained(self) -> bool:
+        """No reason to send less: throttles are as many as they are at any load."""
+        if self._usual is None:
+            return False
+        if len(self._recent) < RECENT:
+            return True
+        if sum(self._recent) / len(self._recent) >= WORSE * self._usual:
+            return True
+        self._usual = None
+        self._levels.clear()
+        return False
+
+    @property
+    def too_early(self) -> bool:
+        """Whether a load that is answered for the most part was not tried for long enough."""
+        return 0 < self._answered * 2 >= self._sent < ENOUGH
+
+    def heavier_and_as_good(self, now: float, window: float) -> Level | None:
+        """Ends a level. A heavier load that was answered as well as this one, if there was one:
+        then throttles are not of our making, and that one may be taken up again."""
+        if self._since is None or self._sent < ENOUGH or now <= self._since:
+            return None
+        level = Level(self._sent / (now - self._since), self._answered / self._sent, window)
+        self._since, self._sent, self._answered = now, 0, 0
+        found = None
+        for before in reversed(self._levels):
+            if before.share < level.share - TOO_MUCH_BETWEEN:
+                break
+            if _as_good(before, level) and (found is None or before.load > found.load):
+                found = before
+        self._levels.append(level)
+        if found is not None:
+            self._usual = level.share
+            self._recent.clear()
+            self._levels.clear()
+        return found
+
+
+def _as_good(heavy: Level, light: Level) -> bool:
+    ratio = heavy.load / light.load
+    wanted = MUCH_LIGHTER if light.share >= ANSWERED else LIGHTER
+    if ratio < wanted or min(heavy.share, light.share) < OVERLOADED:
+        return False
+    if_our_doing = min(1.0, heavy.share * ratio)
+    return light.share < (heavy.share + if_our_doing) / 2
