@@ -6,7 +6,7 @@ away three requests in ten drove a run down to one request every two seconds.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ENOUGH = 12
 """Requests that tell how a level of load is answered."""
@@ -17,8 +17,7 @@ everything is answered."""
 OVERLOADED = 0.4
 """Of a load of which less was answered nothing is concluded: it can be far too much, and half of
 it still too much."""
-ANSWERED = 0.9
-"""So much is nearly everything."""
+NEARLY_ALL = 0.9
 TOO_MUCH_BETWEEN = 0.25
 """A load in between that was answered so much worse was too much: what was before it says nothing
 of how things are now."""
@@ -73,7 +72,25 @@ class Blame:
     @property
     def too_early(self) -> bool:
         """Whether a load that is answered for the most part was not tried for long enough."""
-        return 0 < self._answered * 2 >= self._sent < ENOUGH
+        return self._answered > 0 and self._sent < ENOUGH
+
+    @property
+    def tried(self) -> bool:
+        """Whether so many requests were sent since the load was last changed that more may be."""
+        if self._sent < 2 * ENOUGH:
+            return False
+        self._since, self._sent, self._answered = None, 0, 0
+        return True
+
+    def _lowering_is_in_vain(self) -> bool:
+        """Three times in a row about the same load was answered in part, and no better."""
+        last = list(self._levels)[-3:]
+        loads = [level.load for level in last]
+        return (
+            len(last) == 3
+            and all(OVERLOADED <= level.share < NEARLY_ALL for level in last)
+            and max(loads) < LIGHTER * min(loads)
+        )
 
     def heavier_and_as_good(self, now: float, window: float) -> Level | None:
         """Ends a level. A heavier load that was answered as well as this one, if there was one:
@@ -89,6 +106,12 @@ class Blame:
             if _as_good(before, level) and (found is None or before.load > found.load):
                 found = before
         self._levels.append(level)
+        if found is None and self._lowering_is_in_vain():
+            # nothing heavier is known to compare with: then try it
+            found = replace(level, load=LIGHTER * level.load)
+            self._levels.clear()
+            self._levels.append(level)
+            return found
         if found is not None:
             self._usual = level.share
             self._recent.clear()
@@ -98,7 +121,7 @@ class Blame:
 
 def _as_good(heavy: Level, light: Level) -> bool:
     ratio = heavy.load / light.load
-    wanted = MUCH_LIGHTER if light.share >= ANSWERED else LIGHTER
+    wanted = MUCH_LIGHTER if light.share >= NEARLY_ALL else LIGHTER
     if ratio < wanted or min(heavy.share, light.share) < OVERLOADED:
         return False
     if_our_doing = min(1.0, heavy.share * ratio)

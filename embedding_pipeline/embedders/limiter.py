@@ -177,7 +177,13 @@ class Limiter:
         self._blame.note(answered=False, now=now)
         if sent.at <= self._reacted_at:
             return  # sent before the last throttle was known: the same event
-        if self._blame.unexplained or self._blame.too_early:
+        if self._blame.unexplained:
+            if self.rate is not None and self._waited_for_rate and self._blame.tried:
+                self._waited_for_rate = False
+                self.rate *= 2
+                self._bad_rate = self.rate / MARGIN
+            return
+        if self._blame.too_early:
             return
         self._reacted_at = now
         if (heavier := self._blame.heavier_and_as_good(now, self.window)) is not None:
