@@ -57,9 +57,10 @@ def dotted(location: Location) -> str:
     return ".".join(map(str, location))
 
 
-def read_documents(path: Path) -> Iterator[Document]:
+def read_documents(path: Path, *, may_be_empty: bool = False) -> Iterator[Document]:
     """The documents of a file. SpecError with file and line for what is not UTF-8 or not YAML,
-    and for what PyYAML would let pass: a key that is written twice, an empty file."""
+    and for what PyYAML would let pass: a key that is written twice, an empty file (unless it may
+    be empty: no documents then)."""
     text = _text(path)
     empty = True
     try:
@@ -86,7 +87,7 @@ def read_documents(path: Path) -> Iterator[Document]:
             f"{path}:{line}: not valid YAML: it does not allow the character "
             f"U+{int(error.character):04X}; remove it"
         ) from None
-    if empty:
+    if empty and not may_be_empty:
         raise SpecError(f"{path}:1: the file is empty")
 
 

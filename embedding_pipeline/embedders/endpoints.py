@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 
 from embedding_pipeline.embedders.errors import GlobalError
 from embedding_pipeline.embedders.port import Dialect, Endpoint
 from embedding_pipeline.errors import PipelineError, SpecError
 from embedding_pipeline.settings import Settings, load_settings
+from embedding_pipeline.yaml_documents import Document, Location, read_documents
 
 PROVIDERS_FILE = Path(__file__).resolve().parent.parent / "providers.yaml"
 
@@ -99,65 +99,46 @@ def load_endpoints(settings: Settings, path: Path | None = None) -> dict[str, En
     if not path.is_file():
         return endpoints
     changed = path.stat()
-    document = _read(path, changed.st_mtime_ns, changed.st_size)
-    for name, entry in document.entries():
-        endpoints[name] = _endpoint(document, name, entry, endpoints.get(name))
+    providers = _read(path, changed.st_mtime_ns, changed.st_size)
+    for name, entry in providers.entries():
+        endpoints[name] = _endpoint(providers, name, entry, endpoints.get(name))
     return endpoints
 
 
 @lru_cache(maxsize=8)
-def _read(path: Path, changed_ns: int, size: int) -> "_Document":  # noqa: ARG001 - of the key
+def _read(path: Path, changed_ns: int, size: int) -> "_Providers":  # noqa: ARG001 - of the key
     """A file as it is now: every table asks for it, and it seldom changes."""
-    return _Document.read(path)
+    documents = list(read_documents(path, may_be_empty=True))
+    if len(documents) > 1:
+        raise SpecError(f"{documents[1].where()}: a second document (---); write them as one")
+    return _Providers(documents[0] if documents else Document(path, None, 1, {}))
 
 
-class _Document:
-    """A YAML file that knows on which line each key stands."""
+class _Providers:
+    """What a `providers.yaml` says; errors name its lines."""
 
-    def __init__(self, path: Path, data: object, node: yaml.Node | None) -> None:
-        self.path, self._data, self._node = path, data, node
+    def __init__(self, document: Document) -> None:
+        self._document = document
 
-    @classmethod
-    def read(cls, path: Path) -> "_Document":
-        try:
-            text = path.read_text(encoding="utf-8")
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-            data = yaml.safe_load(text)
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else 1
-            raise SpecError(f"{path}:{line}: not valid YAML: {error.problem}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise SpecError(f"{path}: not valid YAML: {error}") from None
-        document = cls(path, {} if data is None else data, node)
-        document._refuse_keys_written_twice(node)
-        return document
-
-    def _refuse_keys_written_twice(self, node: yaml.Node | None) -> None:
-        """PyYAML silently takes the last one."""
-        if not isinstance(node, yaml.MappingNode):
-            return
-        seen = set()
-        for key, value in node.value:
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise SpecError(f"{self.path}:{line}: {key.value!r} is written twice; keep one")
-            seen.add(key.value)
-            self._refuse_keys_written_twice(value)
+    @property
+    def file(self) -> str:
+        return self._document.path.name
 
     def entries(self) -> list[tuple[str, _ProviderEntry]]:
-        if not isinstance(self._data, Mapping):
+        value = {} if self._document.value is None else self._document.value
+        if not isinstance(value, Mapping):
             raise self.error((), "expected one key, providers:")
-        for key in self._data:
+        for key in value:
             if key != "providers":
-                raise self.error((key,), f"unknown key {key!r}; expected one key, providers:")
-        providers = self._data.get("providers") or {}
+                raise self.error((str(key),), f"unknown key {key!r}; expected one key, providers:")
+        providers = value.get("providers") or {}
         if not isinstance(providers, Mapping):
             raise self.error(("providers",), "expected a mapping of names to providers")
         entries = []
         for name, value in providers.items():
             if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,63}", name):
                 raise self.error(
-                    ("providers", name),
+                    ("providers", str(name)),
                     f"{name!r} is no provider name; use letters, digits, _ and -",
                 )
             entries.append((name, self._entry(name, {} if value is None else value)))
@@ -174,16 +155,9 @@ class _Document:
             key = ".".join(str(part) for part in location)
             raise self.error(location, f"{key}: {problem['msg']}") from None
 
-    def error(self, location: tuple[Any, ...], message: str) -> SpecError:
+    def error(self, location: Location, message: str) -> SpecError:
         """A SpecError at the line of the deepest part of `location` that the file has."""
-        line, node = 1, self._node
-        for part in location:
-            pairs = node.value if isinstance(node, yaml.MappingNode) else []
-            found = next(((k, v) for k, v in pairs if k.value == str(part)), None)
-            if found is None:
-                break
-            line, node = found[0].start_mark.line + 1, found[1]
-        return SpecError(f"{self.path}:{line}: {message}")
+        return SpecError(f"{self._document.where(location)}: {message}")
 
 
 def _unknown_key(key: str) -> str:
@@ -204,7 +178,7 @@ _TEMPLATE = re.compile(r"\{\{\s*env\.([A-Za-z_][A-Za-z0-9_]*)\s*\}\}")
 
 
 def _endpoint(
-    document: _Document, name: str, entry: _ProviderEntry, known: Endpoint | None
+    providers: _Providers, name: str, entry: _ProviderEntry, known: Endpoint | None
 ) -> Endpoint:
     given = entry.model_dump(exclude_unset=True, exclude_none=True)
     address, key_name = given.pop("address", None), given.pop("api_key_env", None)
@@ -212,13 +186,13 @@ def _endpoint(
     if known is None:
         for required in ("dialect", "address"):
             if getattr(entry, required) is None:
-                raise document.error(where, f"provider {name} needs {required}:")
+                raise providers.error(where, f"provider {name} needs {required}:")
         known = Endpoint(name=name, dialect=given["dialect"], base_url="")
         if given["dialect"] == "tei":
             tei = built_in_endpoints(Settings.model_construct())["tei"]
             known = replace(tei, name=name)
     elif given.get("dialect", known.dialect) != known.dialect:
-        raise document.error(
+        raise providers.error(
             (*where, "dialect"), f"{name} is built in and speaks {known.dialect}; use another name"
         )
     for key in ("price_per_million_tokens", "model_aliases"):
@@ -226,7 +200,7 @@ def _endpoint(
             given[key] = {**getattr(known, key), **given[key]}
     missing: list[str] = []
     if address is not None:
-        given["base_url"], missing = _address(document, (*where, "address"), address)
+        given["base_url"], missing = _address(providers, (*where, "address"), address)
     if key_name is not None:
         value = os.environ.get(key_name)
         given["api_key"] = SecretStr(value) if value else None
@@ -235,19 +209,19 @@ def _endpoint(
         # told when it is used: a provider that only production uses must not stop the others
         given["unusable"] = (
             f"{' and '.join(missing)} not set in the environment, which provider {name} in "
-            f"{document.path.name} needs; set it"
+            f"{providers.file} needs; set it"
             if missing
             else None
         )
     return replace(known, **given)
 
 
-def _address(document: _Document, where: tuple[str, ...], template: str) -> tuple[str, list[str]]:
+def _address(providers: _Providers, where: tuple[str, ...], template: str) -> tuple[str, list[str]]:
     """The address, and the variables that it needs and the environment lacks."""
     missing = [name for name in _TEMPLATE.findall(template) if not os.environ.get(name)]
     address = _TEMPLATE.sub(lambda match: os.environ.get(match[1], ""), template).rstrip("/")
     if not missing and ("{{" in address or not address.startswith(("http://", "https://"))):
-        raise document.error(
+        raise providers.error(
             where,
             "address must start with http:// or https://, or be a template like "
             "{{ env.MY_SERVER }}",

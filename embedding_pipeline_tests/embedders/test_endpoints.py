@@ -119,6 +119,10 @@ providers:
         ("just words", 1, "providers:"),
         ("providers:\n  x: [", 2, "not valid YAML"),
         ("providers:\n  x: {dialect: tei}\n  x: {dialect: tei}", 3, "twice"),
+        ("providers:\n  tei:\n    model_aliases:\n      m: [a]\n      m: [b]", 5, "twice"),
+        ("providers:\n  tei:\n    model_aliases: {m: [{a: 1, a: 2}]}", 3, "twice"),
+        ("providers: {}\n---\nproviders: {}", 3, "second document"),
+        ("providers:\n  tei: {timeout_seconds: 2025-02-30}", 2, "not valid YAML"),
     ],
 )
 def test_a_mistake_names_file_line_and_remedy(
