@@ -1,17 +1,18 @@
 """One endpoint's limits, kept by all processes that share the database.
 
-Requests and tokens a minute: the endpoint has one timeline, and a process reserves the next
-quarter of a second of it at a time, so that all together send as evenly as one would, and a
-request costs no round trip. A killed process takes at most what it had reserved with it.
+Requests and tokens a minute: the endpoint (of OpenAI's dialect: each of its models) has one
+timeline, and a process reserves the next quarter of a second of it at a time, so that all together
+send as evenly as one would, and a request costs no round trip. A killed process takes at most what
+it had reserved with it.
 
 The ceiling of requests in flight: each process holds places and renews them every second; the
 places of one that does not (killed, or cut off) are free after `LAPSE_SECONDS`. What a process
 does not use goes to those who wait.
 
-Cost: two round trips a second and process (0.3 ms of its CPU together), and where a rate is limited
-four to eight more a second for all processes together (0.13 ms each), whatever the number of
-requests; 13 µs a request. All of it in a thread of its own, on one connection, which is closed
-after five idle seconds.
+Cost: two round trips a second and process, for OpenAI's dialect three (0.3 ms of its CPU together),
+and where a rate is limited four to eight more a second for all processes together (0.13 ms each),
+whatever the number of requests; 13 µs a request. All of it in a thread of its own, on one
+connection, which is closed after five idle seconds.
 
 While the database is away each process keeps the share that it had. That is told once.
 """
@@ -76,10 +77,14 @@ class _Block:
 class SharedBudget:
     """A `Budget` that processes share through the database; any thread, any event loop."""
 
-    def __init__(self, url: str, endpoint: Endpoint, *, clock: Clock = time.monotonic) -> None:
-        self.name = endpoint.name
+    def __init__(
+        self, url: str, endpoint: Endpoint, model: str = "", *, clock: Clock = time.monotonic
+    ) -> None:
+        self.name = endpoint.counted_as(model)
         self._url, self._clock = url, clock
-        self._key = EndpointKey.of(endpoint.name, endpoint.address)
+        # places belong to the endpoint, limits a minute perhaps to each of its models
+        self._places_key = EndpointKey.of(endpoint.name, endpoint.address)
+        self._rate_key = EndpointKey.of(self.name, endpoint.address)
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:12]}"
         self._ceiling = endpoint.concurrency
         self._given = Limits(endpoint.requests_per_minute, endpoint.tokens_per_minute)
@@ -363,7 +368,7 @@ class SharedBudget:
         with self._lock:
             seconds, tell = self._seconds_needed or CHUNK_SECONDS, self._to_tell
             self._to_tell = None
-        begins_in, learnt = store.reserve(connection, self._key, seconds, tell or Limits())
+        begins_in, learnt = store.reserve(connection, self._rate_key, seconds, tell or Limits())
         with self._lock:
             self._take_over(learnt)
             block = _Block(self._clock() + begins_in, seconds)
@@ -374,12 +379,15 @@ class SharedBudget:
 
     def _sync(self, connection: "psycopg.Connection[Any]") -> None:
         for _ in range(20):
-            shared = store.read(connection, self._key)
+            shared = store.read(connection, self._places_key)
             if shared is None:
-                store.create(connection, self._key)
+                store.create(connection, self._places_key)
                 continue
+            limits = shared
+            if self._rate_key != self._places_key:
+                limits = store.read(connection, self._rate_key) or shared
             with self._lock:
-                self._take_over(shared.learnt)
+                self._take_over(limits.learnt)
                 wanted = self._ceiling
                 if not self._short_of_places:
                     wanted = min(wanted, math.ceil(1.25 * self._most_in_flight) + 1)
@@ -387,7 +395,7 @@ class SharedBudget:
                 if self._places is not None:
                     self._places = min(mine.allowed, self._places)
             holders = {**shared.holders, self._holder: mine.held}
-            if store.replace_holders(connection, self._key, shared.version, holders):
+            if store.replace_holders(connection, self._places_key, shared.version, holders):
                 with self._lock:
                     self._places, self._holders = mine.allowed, len(holders)
                     self._short_of_places = self._in_flight >= mine.allowed
@@ -404,14 +412,14 @@ class SharedBudget:
 
     def _leave(self, connection: "psycopg.Connection[Any]") -> None:
         for _ in range(20):
-            shared = store.read(connection, self._key)
+            shared = store.read(connection, self._places_key)
             if shared is None or self._holder not in shared.holders:
                 return
             with self._lock:
                 if self._worker is not None:
                     return  # asked again meanwhile
             others = {name: each for name, each in shared.holders.items() if name != self._holder}
-            if store.replace_holders(connection, self._key, shared.version, others):
+            if store.replace_holders(connection, self._places_key, shared.version, others):
                 return
 
 
@@ -444,15 +452,16 @@ _lock = threading.Lock()
 _budgets: dict[tuple[int, str, EndpointKey], SharedBudget] = {}
 
 
-def shared_budgets(url: str) -> Callable[[Endpoint], Budget]:
-    """What gives an endpoint's budget in this database: one a process and endpoint."""
+def shared_budgets(url: str) -> Callable[[Endpoint, str], Budget]:
+    """What gives a budget in this database: one a process and what is limited together."""
 
-    def budget(endpoint: Endpoint) -> Budget:
-        key = (os.getpid(), url, EndpointKey.of(endpoint.name, endpoint.address))
+    def budget(endpoint: Endpoint, model: str) -> Budget:
+        name = endpoint.counted_as(model)
+        key = (os.getpid(), url, EndpointKey.of(name, endpoint.address))
         with _lock:
             found = _budgets.get(key)
             if found is None:
-                found = _budgets[key] = SharedBudget(url, endpoint)
+                found = _budgets[key] = SharedBudget(url, endpoint, model)
         found.lower_ceiling(endpoint.concurrency)
         return found
 

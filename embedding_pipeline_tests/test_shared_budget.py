@@ -54,7 +54,8 @@ def make(url: str) -> Iterator[Callable[..., SharedBudget]]:
     with ExitStack() as opened:
 
         def budget(**limits: Any) -> SharedBudget:
-            made = SharedBudget(url, endpoint(**limits))
+            model = limits.pop("model", "")
+            made = SharedBudget(url, endpoint(**limits), model)
             opened.callback(made.close)
             return made
 
@@ -127,6 +128,25 @@ def test_limits_learnt_long_ago_are_forgotten(url: str, connection: Connection) 
     assert store.reserve(connection, key, 0, Limits())[1] == Limits()
 
 
+def test_two_models_of_one_vendor_do_not_wait_for_each_other(
+    make: Callable[..., SharedBudget], connection: Connection
+) -> None:
+    """OpenAI's limits are per model: a backfill of one model took half of what the other may."""
+    small = make(requests_per_minute=600, model="small")
+    large = make(requests_per_minute=600, model="large")
+    store.reserve(connection, small._rate_key, 1000, Limits())
+
+    async def main() -> None:
+        waiting = asyncio.create_task(small.acquire(1))
+        await asyncio.wait_for(large.acquire(1), 30)
+        large.release(1, 1)
+        assert not waiting.done(), "its own timeline is taken for a quarter of an hour"
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    asyncio.run(main())
+
+
 def test_two_processes_together_send_no_more_than_is_allowed(
     make: Callable[..., SharedBudget],
 ) -> None:
@@ -177,6 +197,9 @@ def test_what_one_process_learns_holds_for_all(make: Callable[..., SharedBudget]
     asyncio.run(use(first))
     wait_until(lambda: bool(second.limits), "the limit to be known to the other process")
     assert second.limits == Limits(6000, 1_000_000)
+    other = make(model="another")
+    asyncio.run(use(other))
+    assert not other.limits, "each of OpenAI's models has limits of its own"
     given = make(requests_per_minute=60)
     given.learn(6000, None)
     assert given.limits.requests_per_minute == 60
@@ -188,7 +211,8 @@ def test_what_one_process_learns_holds_for_all(make: Callable[..., SharedBudget]
 def test_the_ceiling_holds_for_all_and_a_newcomer_gets_its_share(
     make: Callable[..., SharedBudget], url: str
 ) -> None:
-    first, second = make(concurrency=4), make(concurrency=4)
+    # of two models: each has limits of its own a minute, the endpoint takes four at once
+    first, second = make(concurrency=4, model="small"), make(concurrency=4, model="large")
     most = flying = 0
 
     async def request(budget: SharedBudget) -> None:
@@ -201,11 +225,19 @@ def test_the_ceiling_holds_for_all_and_a_newcomer_gets_its_share(
         budget.release(1, 1)
 
     async def main() -> None:
-        alone = [asyncio.create_task(request(first)) for _ in range(200)]
+        served = asyncio.Event()
+
+        async def never_stops() -> None:
+            while not served.is_set():
+                await request(first)
+
+        alone = [asyncio.create_task(never_stops()) for _ in range(8)]
         await asyncio.sleep(0)
-        together = [asyncio.create_task(request(second)) for _ in range(60)]
-        await asyncio.gather(*together)
-        assert not all(task.done() for task in alone), "the newcomer waited for the first to end"
+        newcomer = asyncio.gather(*(request(second) for _ in range(60)))
+        try:
+            await asyncio.wait_for(newcomer, 60)
+        finally:
+            served.set()
         await asyncio.gather(*alone)
 
     asyncio.run(main())

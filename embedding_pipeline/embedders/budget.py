@@ -125,10 +125,10 @@ _lock = threading.Lock()
 _budgets: dict[tuple[str, str], Budget] = {}
 
 
-def budget_for(endpoint: Endpoint) -> Budget:
-    """The budget that everyone in this process shares for one endpoint."""
+def budget_for(endpoint: Endpoint, model: str) -> Budget:
+    """The budget that everyone in this process shares for what is limited together."""
     with _lock:
         return _budgets.setdefault(
-            (endpoint.name, endpoint.base_url),
+            (endpoint.counted_as(model), endpoint.base_url),
             TokenBucket(endpoint.requests_per_minute, endpoint.tokens_per_minute),
         )

@@ -116,7 +116,7 @@ class ProviderEmbedder:
         *,
         limiter: Limiter | None = None,
         budget: Budget | None = None,
-        budgets: Callable[[Endpoint], Budget] = budget_for,
+        budgets: Callable[[Endpoint, str], Budget] = budget_for,
         overlong: Overlong = "truncate",
         prefix: str = "",
         counter: TokenCounter | None = None,
@@ -175,8 +175,8 @@ class ProviderEmbedder:
                 await self._sleep(self._backoff(history, error))
             else:
                 limiter, budget = self._given
-                self._limiter = limiter or limiter_for(self.endpoint)
-                self._budget = budget or self._budgets(self.endpoint)
+                self._limiter = limiter or limiter_for(self.endpoint, self.model)
+                self._budget = budget or self._budgets(self.endpoint, self.model)
                 self._started = True
                 return
 

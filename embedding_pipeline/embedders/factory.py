@@ -17,7 +17,7 @@ def create_embedder(
     *,
     overlong: Overlong = "truncate",
     prefix: str = "",
-    budgets: Callable[[Endpoint], Budget] = budget_for,
+    budgets: Callable[[Endpoint, str], Budget] = budget_for,
 ) -> Embedder:
     """An embedder that is connected by its `start` (or first `embed`).
 

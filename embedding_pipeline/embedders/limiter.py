@@ -344,9 +344,11 @@ _limiters: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], Li
 )
 
 
-def limiter_for(endpoint: Endpoint) -> Limiter:
-    """The limiter that everyone in this event loop shares for one endpoint."""
+def limiter_for(endpoint: Endpoint, model: str) -> Limiter:
+    """The limiter that everyone in this event loop shares for what is limited together."""
     limiters = _limiters.setdefault(asyncio.get_running_loop(), {})
-    limiter = limiters.setdefault((endpoint.name, endpoint.base_url), Limiter(endpoint.concurrency))
+    limiter = limiters.setdefault(
+        (endpoint.counted_as(model), endpoint.base_url), Limiter(endpoint.concurrency)
+    )
     limiter.lower_ceiling(endpoint.concurrency)
     return limiter

@@ -59,6 +59,14 @@ class Endpoint:
         """The key, empty where there is none; a line end from a secret file is not part of it."""
         return self.api_key.get_secret_value().strip() if self.api_key else ""
 
+    def counted_as(self, model: str) -> str:
+        """The name under which requests and tokens a minute are counted.
+
+        OpenAI limits each model apart (its rate-limit guide: "rate limits vary by the model"); what
+        else speaks its dialect is a gateway to several models. A TEI server has one.
+        """
+        return f"{self.name}/{model}" if self.dialect == "openai" else self.name
+
     def names_of(self, model: str) -> set[str]:
         """The model's name and its aliases, case folded."""
         return {name.casefold() for name in (model, *self.model_aliases.get(model, []))}
