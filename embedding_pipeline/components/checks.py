@@ -7,7 +7,7 @@ and evaluates.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,14 @@ if TYPE_CHECKING:
     from embedding_pipeline.evaluation.result import Evaluation
     from embedding_pipeline.evaluation.verdict import Verdict
 
+ABOUT_TO_START = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+]
+BETWEEN_RUNS = timedelta(minutes=5)
+"""How long one run of a backfill may take to follow another."""
+
 SAMPLED_ROWS = 10_000
 """Up to this size every check looks at all vectors."""
 
@@ -58,6 +66,8 @@ class Occasion:
     """False in a run that materialises the column: it must not cost a scan of the table."""
     partitions: frozenset[str] = frozenset()
     """That this run covered."""
+    more_to_come: bool = False
+    """Further runs of the column are about to start: this is the middle of a backfill."""
     stopped: bool = False
     """This run ended before its partitions were empty, and said why (a limit, a cost cap)."""
 
@@ -140,14 +150,24 @@ def _occasion(
     materialised = event.asset_materialization if event and event.run_id == run.run_id else None
     selected = run.asset_selection
     if materialised is None and (selected is None or key not in selected):
-        return Occasion(run.run_id, thorough=True)
+        return Occasion(
+            run.run_id, thorough=True, more_to_come=_more_to_come(context.instance, table, key)
+        )
     order = names.known_partitions(context.instance, table)
     return Occasion(
         run.run_id,
         thorough=False,
         partitions=frozenset(names.partitions_of_range(run.tags, order)),
+        more_to_come=_more_to_come(context.instance, table, key),
         stopped=materialised is not None and "stopped" in materialised.metadata,
     )
+
+
+def _more_to_come(instance: dg.DagsterInstance, table: TableSpec, key: dg.AssetKey) -> bool:
+    runs = instance.get_runs(
+        dg.RunsFilter(tags={names.TABLE_TAG: table.asset_name}, statuses=ABOUT_TO_START), limit=100
+    )
+    return any(key.path[-1] in run.tags.get(names.COLUMN_TAG, "").split(",") for run in runs)
 
 
 def check_result(verdict: "Verdict", key: dg.AssetKey, name: str) -> dg.AssetCheckResult:
@@ -197,12 +217,22 @@ def _coverage(
         now=datetime.now(UTC),
         max_pending_minutes=column.embedding.max_pending_minutes,
         max_quarantined_share=column.embedding.max_quarantined_share,
-        in_flight=any(key in leases and leases[key].live for key in waiting),
+        in_flight=any(key in leases and leases[key].live for key in waiting)
+        or (occasion.more_to_come and _just_written(connection, column)),
         limited=occasion.stopped or elsewhere,
         held=str(held) if held else None,
     )
     verdict.metadata["rows_estimated"] = not exact
     return verdict
+
+
+def _just_written(connection: "psycopg.Connection[Any]", column: Column) -> bool:
+    """Whether a run has just ended: a backfill of several runs is then between two of them.
+
+    A run that only waits in the queue explains nothing: nobody may ever start it.
+    """
+    written = written_at(connection, column)
+    return written is not None and datetime.now(UTC) - written < BETWEEN_RUNS
 
 
 def _oldest(

@@ -9,6 +9,7 @@ import psycopg
 
 from embedding_pipeline.embed_column import make_embedder
 from embedding_pipeline.errors import PipelineError
+from embedding_pipeline.evaluation.errors import NothingToEvaluateError
 from embedding_pipeline.evaluation.evaluate import evaluate_column
 from embedding_pipeline.evaluation.golden_set import GoldenSet, load_golden_set
 from embedding_pipeline.evaluation.history import Point, history, latest, mrr_over_time
@@ -56,8 +57,8 @@ def evaluate_table(
 ) -> dict[str, int | float | str | dg.MetadataValue]:
     """Evaluate every column of a table; returns the asset's metadata.
 
-    Columns that cannot be evaluated are named in the report and do not stop the others; when
-    none could be, the last one's error is raised.
+    Columns that cannot be evaluated are named in the report and do not stop the others. When none
+    could be, the error of the first is raised, unless there is nothing to evaluate: no rows.
     """
     golden = golden_set(file)
     if golden is None:
@@ -82,8 +83,13 @@ def evaluate_table(
                 value = getattr(evaluation, figure)
                 if value is not None:
                     metadata[f"{name}_{figure}"] = round(float(value), 4)
-    if problems and not evaluations:
-        raise next(iter(problems.values()))
+    # without a vector there is nothing to judge; any other reason is somebody's to mend
+    defects = [p for p in problems.values() if not isinstance(p, NothingToEvaluateError)]
+    if defects and not evaluations:
+        raise defects[0]
+    if not evaluations:
+        lines = [f"**`{name}`**: {problem}" for name, problem in problems.items()]
+        return metadata | {"report": dg.MetadataValue.md("\n\n".join(lines))}
     baselines = {item.column: item.baseline for item in file.spec.embeddings if item.baseline}
     floors = {item.column: item.mrr_floor for item in file.spec.embeddings}
     report = quality_report(

@@ -9,3 +9,7 @@ class EvaluationError(PipelineError):
     def __init__(self, reason: str) -> None:
         super().__init__(f"not evaluated: {reason}")
         self.reason = reason
+
+
+class NothingToEvaluateError(EvaluationError):
+    """There is no vector yet. That is no defect: an empty table has nothing to be found."""

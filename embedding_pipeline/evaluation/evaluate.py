@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import psycopg
 
-from embedding_pipeline.evaluation.errors import EvaluationError
+from embedding_pipeline.evaluation.errors import NothingToEvaluateError
 from embedding_pipeline.evaluation.golden_set import GoldenSet
 from embedding_pipeline.evaluation.history import record
 from embedding_pipeline.evaluation.metrics import QueryScore, mean_scores, score_rankings
@@ -106,7 +106,7 @@ def _prepare(
     if coverage is None:
         coverage = measure_coverage(connection, column)
     if not coverage:
-        raise EvaluationError(f"{column} has no embedded rows yet; materialise it first")
+        raise NothingToEvaluateError(f"{column} has no embedded rows yet; materialise it first")
     return _Prepared(clock[0], coverage, find_expected(connection, column, golden))
 
 

@@ -262,6 +262,48 @@ def test_a_live_writers_rows_are_a_warning(complete: Project, connection: Connec
     assert complete.nightly("coverage")["coverage"].severity == "WARN"
 
 
+def test_between_two_runs_of_a_backfill_nobody_is_alarmed(
+    complete: Project, connection: Connection
+) -> None:
+    connection.execute("UPDATE docs SET body = 'edited ' || id WHERE tenant IN ('a', 'b')")
+    complete.nightly("coverage")
+    since(connection, 24)
+    complete.embed("a", checks=())
+    assert complete.nightly("coverage")["coverage"].severity == "ERROR"
+
+    complete.instance.create_run_for_job(
+        complete.job,
+        tags={names.TABLE_TAG: "docs", names.COLUMN_TAG: "embedding_4"},
+        status=dg.DagsterRunStatus.NOT_STARTED,
+    )
+    said = complete.nightly("coverage")["coverage"]
+    assert said.severity == "WARN"
+    assert "at work" in said.words
+    connection.execute(
+        "UPDATE embedding_pipeline.embedding_column SET written_at = now() - interval '1 h'"
+    )
+    said = complete.nightly("coverage")["coverage"]
+    assert said.severity == "ERROR", "a queue that nobody works off explains nothing"
+
+
+def test_an_empty_table_has_nothing_to_evaluate_and_no_run_fails(
+    project: Project, connection: Connection
+) -> None:
+    connection.execute("TRUNCATE docs")
+    said = project.run(project.index, project.quality)
+    for name in ("golden_mrr", "vectors_valid", "index_recall"):
+        assert (said[name].passed, said[name].severity, said[name].evaluated) == (
+            False,
+            "WARN",
+            False,
+        )
+    event = project.instance.get_latest_materialization_event(project.quality)
+    assert event is not None
+    assert event.asset_materialization is not None
+    report = event.asset_materialization.metadata["report"].value
+    assert "not evaluated: docs.embedding_4 has no embedded rows yet" in str(report)
+
+
 def test_a_table_that_is_never_seen_complete_but_whose_rows_never_wait_is_calm(
     complete: Project, connection: Connection
 ) -> None:
