@@ -1,6 +1,7 @@
 """`python -m benchmarks`: every part, or those that are named."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.lab import Lab
 from benchmarks.parts import PARTS
+from benchmarks.parts.model import REFERENCE
 from benchmarks.report import Table, machine, write_json
 from benchmarks.sizes import FULL, QUICK, Sizes, changed
 
@@ -63,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     preset = QUICK if options.quick else FULL if options.full else Sizes()
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()}
     sizes = changed(preset, given)
+    if options.reference_python:
+        os.environ[REFERENCE] = str(options.reference_python)
     about = machine()
     print("; ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     found: dict[str, Sequence[Table]] = {}

@@ -214,8 +214,7 @@ def _fill_embedded(
         names = [name for column in columns for name in (column.vector, column.fingerprint)]
         values: list[sql.Composable] = []
         for column in columns:
-            ones = "[" + ",".join(["1"] * column.embedding.dimensions) + "]"
-            values.append(sql.SQL("{}::{}").format(sql.Literal(ones), column.vector_type))
+            values.append(_some_vector(column))
             values.append(column.expected)
         connection.execute(
             sql.SQL(
@@ -227,6 +226,16 @@ def _fill_embedded(
                 values=sql.SQL(", ").join(values),
             )
         )
+
+
+def _some_vector(column: Column) -> sql.Composable:
+    """Some vector for each row: random where it is narrow, else the same for all."""
+    width = column.embedding.dimensions
+    if width <= 16:
+        drawn = sql.SQL(", ").join([sql.SQL("random() - 0.5")] * width)
+        return sql.SQL("ARRAY[{}]::{}").format(drawn, column.vector_type)
+    ones = "[" + ",".join(["1"] * width) + "]"
+    return sql.SQL("{}::{}").format(sql.Literal(ones), column.vector_type)
 
 
 def column_of(url: str, spec: TableSpec, number: int = 0) -> Column:

@@ -4,7 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.lab import Lab
-from benchmarks.parts import dagster_share, throughput, unchanged
+from benchmarks.parts import (
+    dagster_share,
+    freshness,
+    growth,
+    index,
+    limited,
+    model,
+    throughput,
+    unchanged,
+)
 from benchmarks.report import Table
 from benchmarks.sizes import Sizes
 
@@ -27,4 +36,9 @@ PARTS: dict[str, Part] = {
     "imports": Part("loading the definitions beyond `import dagster`", dagster_share.imports),
     "run": Part("ten changed rows as a Dagster run", dagster_share.ten_rows),
     "sensor": Part("a sensor tick on a large table", dagster_share.sensor_tick),
+    "index": Part("HNSW: workers, halfvec, writing in place or load then build", index.index),
+    "growth": Part("time, memory, pending index and users' writes against size", growth.growth),
+    "model": Part("the local model server and sentence-transformers", model.local_model),
+    "fresh": Part("from a commit to a row that search finds", freshness.freshness),
+    "limited": Part("a limited endpoint: used, and wasted on being throttled", limited.limited),
 }

@@ -7,6 +7,7 @@ from psycopg import sql
 from benchmarks import corpus
 from benchmarks.endpoint import Endpoint
 from benchmarks.lab import TABLE, Lab, column_of, make_documents, table_spec
+from benchmarks.parts.dagster_share import clean_environment
 from benchmarks.parts.throughput import embed_and_check
 from benchmarks.report import Cell, Table, middle
 from benchmarks.sizes import Sizes
@@ -34,7 +35,7 @@ def nothing_pending(lab: Lab, sizes: Sizes) -> list[Table]:
                 "endpoint": endpoint.url, "batch": 64, "concurrency": 8,
                 "repeats": 3 * sizes.rounds,
             }  # fmt: skip
-            usage = measure(lab, task)
+            usage = measure(lab, task, clean_environment())
             if endpoint.counts()["requests"]:
                 raise WrongVectorError("nothing was pending, and yet the endpoint was asked")
         lab.forget(f"embedded-{count}")

@@ -36,7 +36,8 @@ from embedding_pipeline.store.lease import LeaseRow, read_leases, release_lapsed
 from embedding_pipeline.store.pending import count_by_partition
 from embedding_pipeline.store.results import note_pending
 
-INTERVAL_SECONDS = 10
+INTERVAL_SECONDS = 5
+"""A tick costs some 30 ms; the daemon looks at its sensors no more often than this."""
 BINDING_SECONDS = 300.0
 UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
