@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ import psycopg
 from embedding_pipeline.components import names
 from embedding_pipeline.components.sensor import SENSORS_VARIABLE
 from embedding_pipeline.components.table_metadata import COUNTED_ROWS
+from embedding_pipeline.dev_log import shown
 from embedding_pipeline.dev_summary import summary
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.main_job import prepare, use_project_instance
@@ -76,7 +78,10 @@ def serve(host: str, port: int, sensors: bool) -> int:
             env=environment,
             cwd=instance.root_directory,  # a dagster.yaml in another folder would be a warning
             start_new_session=True,  # Ctrl-C reaches it through us, once
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
+        threading.Thread(target=_follow, args=(process,), name="log", daemon=True).start()
         try:
             while process.poll() is None and not stopping:
                 time.sleep(0.2)
@@ -103,6 +108,15 @@ def make_partitions_known(instance: dg.DagsterInstance, tables: Sequence[TableSp
             except (PipelineError, psycopg.Error):
                 continue  # it was said that the table is not ready; its sensor says it again
             names.add_partitions(instance, table, sorted(keys))
+
+
+def _follow(process: "subprocess.Popen[bytes]") -> None:
+    """Show what Dagster's processes say, until the last of them is gone."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        # never ends early: a full pipe would stop them
+        with suppress(OSError, ValueError):
+            click.echo(shown(line.decode(errors="replace")))
 
 
 def _refuse_used_port(host: str, port: int) -> None:

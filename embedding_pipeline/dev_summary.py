@@ -100,6 +100,7 @@ def _paused(tables: Sequence[TableSpec]) -> list[str]:
             except PipelineError:
                 continue  # not set up, which has been said
             found += [
-                f"{table.table}{'.' * bool(each.column)}{each.column}: {each}" for each in held
+                f"{table.table}{'.' * bool(each.column)}{each.column}: {each.words}"
+                for each in held
             ]
     return found

@@ -36,7 +36,7 @@ def pause(table: str, column: str | None, reason: str | None, by: str | None) ->
         facts = _facts(connection, table, column)
         held, new = pause_table(connection, facts, column, by=by or _me(), reason=reason)
     what = f"{table}.{column}" if column else table
-    click.echo(f"{what}: {held}" + ("" if new else " (it was already)"))
+    click.echo(f"{what}: {held.words}" + ("" if new else " (it was already)"))
     click.echo(f"go on with: embedding-pipeline resume {table}" + (f" {column}" * bool(column)))
 
 
@@ -58,7 +58,7 @@ def resume(table: str, column: str | None) -> None:
         click.echo(f"{what} was not paused")
     for each in lifted:
         name = f"{table}.{each.column}" if each.column else table
-        click.echo(f"{name}: resumed; it was {each}")
+        click.echo(f"{name}: resumed; it was {each.words}")
 
 
 class Brakes:
@@ -81,7 +81,7 @@ class Brakes:
         held = paused(self._connection, column)
         if held is not None:
             place = str(column) if held.column else column.table.table
-            self._lines[f"{place}: {held}"] = None
+            self._lines[f"{place}: {held.words}"] = None
         caps = daily_caps(column.embedding, self._settings, self._endpoints)
         today = spending_today(self._connection, caps.zone) if caps else {}
         own, total = (

@@ -49,9 +49,9 @@ def index_description(table: TableSpec, embedding: EmbeddingSpec) -> str:
         "search by meaning read a few rows instead of the whole table.\n\n"
         "**Materialising** builds it `CONCURRENTLY` when it is missing or invalid, and leaves a "
         "valid one alone. Readers and writers are not kept waiting. It comes after the rows: "
-        "loading them first and building then is several times cheaper. It also rebuilds this "
-        "index and the pending one when they are bloated, and runs `VACUUM` after many writes. "
-        "A paused table is left alone."
+        "loading them first and building then is several times cheaper. It also replaces an "
+        "index that is mostly dead rows, rebuilds a bloated pending index and runs `VACUUM` after "
+        "many writes. A paused table is left alone."
     )
 
 

@@ -24,12 +24,14 @@ class Pause:
     reason: str | None
     since: datetime
 
-    def __str__(self) -> str:
+    @property
+    def words(self) -> str:
+        """Since when, by whom and why, for where it is clear what."""
         since = self.since.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        what = "" if self.column else "the whole table is "
-        return f"{what}paused since {since} by {self.by}" + (
-            f": {self.reason}" if self.reason else ""
-        )
+        return f"paused since {since} by {self.by}" + (f": {self.reason}" if self.reason else "")
+
+    def __str__(self) -> str:
+        return self.words if self.column else f"the whole table is {self.words}"
 
 
 def pause(
