@@ -47,6 +47,8 @@ class Reconciled:
 
     told: list[str] = field(default_factory=list)
     recovered: list[str] = field(default_factory=list)
+    back: set[str] = field(default_factory=set)
+    """`table.column` whose provider answers again."""
     noticed: int = 0
     """Problems that have not been seen often enough to tell anybody."""
     open: int = 0
@@ -80,6 +82,9 @@ def reconcile(
                 title, body = alert_message(_problem(details), first_seen, ui)
                 _write(connection, incident, "alert", channels, title, body)
         connection.execute(sqlfiles.query("alerts/drop_channels"), [environment, list(channels)])
+        if done.back:
+            # a back-off of up to an hour was for a provider that is down
+            connection.execute(sqlfiles.query("alerts/go_on"), [sorted(done.back)])
         connection.execute(sqlfiles.query("alerts/purge"), [environment, KEPT_DAYS])
         connection.execute(sqlfiles.query("alerts/tick"), [environment, runs_until, list(channels)])
     return done
@@ -140,6 +145,8 @@ def _close(
         heard = [channel for (channel,) in rows if channel in channels]
         _write(connection, incident, "recovery", heard, title, body)
         done.recovered.append(headline(problem))
+        if problem.kind is Kind.PROVIDER:
+            done.back |= problem.affected
 
 
 def _told(problem: Problem, channels: Sequence[str]) -> list[str]:

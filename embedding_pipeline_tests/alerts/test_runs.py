@@ -130,8 +130,11 @@ def test_a_provider_that_is_down_is_one_incident_with_its_failed_runs(
     assert [each.title for each in world.tick()] == ["[ALERT] provider tei"]
     assert world.tick(8) == []
 
+    backing_off = "SELECT count(*)::int FROM embedding_pipeline.lease WHERE not_before > now()"
+    assert world.sql(backing_off) == [(4,)], "every partition of the runs"
     server.rule = None
     assert [each.title for each in world.tick()] == ["[RECOVERED] provider tei"]
+    assert world.sql(backing_off) == [(0,)], "the sensor goes on at once"
     assert world.tick(8) == [], "its rows are being caught up"
     assert world.embed().success
     assert world.tick(2) == []
