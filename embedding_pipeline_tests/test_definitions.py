@@ -202,6 +202,15 @@ class TestAnotherTable:
         (copy / ".env").write_text(f"EMBEDDING_PIPELINE_DEFS={copy / 'tables'}\n")
         assert "notes" in loaded(root=copy, cwd=copy)["groups"]
 
+    def test_the_shipped_tables_may_be_removed(self, copy: Path) -> None:
+        for folder in (copy / "embedding_pipeline" / "defs").iterdir():
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        add_notes(copy / "tables")
+        found = loaded(root=copy, cwd=copy, EMBEDDING_PIPELINE_DEFS=str(copy / "tables"))
+        assert found["groups"] == ["notes"]
+        assert "alerts" in found["sensors"]
+
     def test_an_installed_package_needs_no_project_around_it(self, copy: Path) -> None:
         (copy / "pyproject.toml").unlink()
         assert loaded(root=copy, cwd=copy)["groups"] == TABLES
