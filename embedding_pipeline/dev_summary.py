@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from embedding_pipeline.alerts.channels import configured
+from embedding_pipeline.alerts.channels import checked
 from embedding_pipeline.clock import next_time
 from embedding_pipeline.components import names
 from embedding_pipeline.embedders.endpoints import load_endpoints
@@ -85,7 +85,7 @@ def _nights(
 
 
 def _alerts(settings: Settings) -> str:
-    channels = configured(settings)
+    channels = checked(settings)
     if not channels:
         return "to nobody: ALERT_URLS is not set"
     return f"to {', '.join(channel.name for channel in channels)}"

@@ -179,7 +179,7 @@ def channel_problems(channels: Iterable[ChannelFacts]) -> Findings:
                 "alert-test. What it has missed is sent when it answers.",
                 value=f"{facts.waiting} undelivered",
                 since=facts.since,
-                link="automation/sensors/alerts",
+                link="locations/embedding_pipeline/sensors/alerts",
                 sightings=SIGHTINGS,
                 own_cause=True,
             )

@@ -23,11 +23,11 @@ def alert_test(as_json: bool) -> None:
     import socket
     import time
 
-    from embedding_pipeline.alerts.channels import ChannelError, checked
+    from embedding_pipeline.alerts.channels import ChannelError, configured
     from embedding_pipeline.settings import load_settings
 
     settings = load_settings()
-    channels = checked(settings)
+    channels = configured(settings)
     if not channels:
         raise PipelineError(
             "ALERT_URLS is not set, so nobody is told of anything; set it to one or more "

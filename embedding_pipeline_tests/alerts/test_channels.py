@@ -90,12 +90,14 @@ def test_alert_test_says_for_each_channel_what_became_of_it(
 ) -> None:
     with Receiver() as broken:
         broken.refusing = True
-        environment(ALERT_URLS=f"{receiver.url(SECRET)}, {broken.url(SECRET)}")
+        urls = (receiver.url(SECRET), broken.url(SECRET), f"slack://{SECRET}")
+        environment(ALERT_URLS=", ".join(urls))
         done = CliRunner().invoke(main, ["alert-test"])
     assert done.exit_code == 2
-    first, second = done.output.splitlines()
+    first, second, third = done.output.splitlines()
     assert first.startswith("1 json: delivered (")
     assert second.startswith("2 json: NOT delivered: ")
+    assert third.startswith("3 slack: NOT delivered: apprise does not understand this address")
     assert SECRET not in done.output
     [message] = receiver.messages
     assert message.title == "[TEST] embedding-pipeline alerts"
