@@ -2,7 +2,7 @@
 
 A run would find that out too, but only after its retries, minutes later, and it backs off for up
 to an hour: a trial request says within a tick that a provider is down, and that it is back. It is
-one short text, sent only while rows have waited for a minute or a run has failed.
+one short text, sent only while rows have waited for half a minute or a run has failed.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.settings import load_settings
 from embedding_pipeline.spec import EmbeddingSpec
 
-WAITED_SECONDS = 60.0
+WAITED_SECONDS = 30.0
 TIMEOUT_SECONDS = 10.0
 TRIAL_TEXT = "hello"
 
@@ -26,7 +26,7 @@ def waited_for(
 ) -> dict[str, list[ColumnFacts]]:
     """Provider → columns with pending rows, of providers that are worth a trial request.
 
-    Those for which rows have waited for a minute or a run has failed, and (with no columns, if
+    Those for which rows have waited for half a minute or a run has failed, and (with no columns, if
     nothing waits any more) those with an open incident.
     """
     found: dict[str, list[ColumnFacts]] = {name: [] for name in open_incidents}
