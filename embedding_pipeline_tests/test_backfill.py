@@ -30,7 +30,7 @@ from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import connect
 from embedding_pipeline.store.pending import count_by_partition, count_kinds
 from embedding_pipeline_tests.embedders.support import embedder_of, endpoint_of
-from embedding_pipeline_tests.faults.server import FaultServer, Status
+from embedding_pipeline_tests.faults.server import FaultServer, HalfResponse, Reset, Status, fewer
 from embedding_pipeline_tests.rows import fill, make_column, rebind, wrong_rows
 from embedding_pipeline_tests.tables import create_docs, embedding, spec
 
@@ -319,6 +319,46 @@ def test_a_cost_cap_holds_where_the_estimate_is_too_low(
     assert outcome.stopped == f"max_cost of ${cap} would be passed"
 
 
+@pytest.mark.parametrize("fault", [HalfResponse(), Reset(), fewer(1)])
+def test_a_cost_cap_counts_what_was_perhaps_billed(
+    database: str, connection: Connection, column: Column, server: FaultServer, fault: Any
+) -> None:
+    """A provider that had done its work lost one answer in three: it billed $420 under a cap of
+    $300, because what brought no answer was not counted."""
+    taken: list[int] = []
+
+    def every_third(number: int, texts: list[str]) -> Any:
+        taken.append(3 * len(texts))  # as this server counts `text number 7`
+        return fault if number % 3 == 0 else None
+
+    server.rule = every_third
+
+    outcome = run(
+        database,
+        column,
+        server,
+        options=Options(max_cost=300.0, batch_size=4, concurrency=2),
+        price=1e6,
+    )
+
+    assert sum(taken) <= 300
+    assert outcome.cost == outcome.tokens == 3 * outcome.total.embedded
+    assert outcome.unconfirmed_tokens >= sum(taken) - outcome.tokens > 0
+    assert outcome.stopped == "max_cost of $300 would be passed"
+    assert len(wrong_rows(connection, column)) == pending(connection, column) > 0
+
+
+def test_what_was_perhaps_billed_is_no_cost_without_a_cap(
+    database: str, connection: Connection, column: Column, server: FaultServer
+) -> None:
+    server.script(HalfResponse(), HalfResponse())
+    outcome = run(database, column, server, price=1e6)
+    assert outcome.stopped is None
+    assert outcome.cost == 600
+    assert outcome.unconfirmed_tokens > 0
+    assert wrong_rows(connection, column) == []
+
+
 def test_many_small_partitions_share_requests(
     database: str, connection: Connection, server: FaultServer
 ) -> None:
@@ -584,6 +624,46 @@ def test_a_poisoned_text_is_quarantined_and_its_neighbours_land(
     assert server.count.texts["poison"] <= 5 + 1, "halved once, not again for the second row"
     server.reset()
     assert run(database, column, server).total.read == 0
+
+
+def test_a_refused_edit_takes_the_old_vector_with_it(
+    database: str, connection: Connection, column: Column, server: FaultServer
+) -> None:
+    """A product page was rewritten into something the provider refuses; search went on finding it
+    by the words of the old page, for good, because a quarantined row is left alone."""
+    fill(connection, column)
+    connection.execute("UPDATE docs SET body = 'poison' WHERE id IN (9, 190)")
+    server.poison = {"poison": Status(413)}
+
+    outcome = run(database, column, server)
+
+    assert (outcome.total.quarantined, outcome.total.embedded) == (2, 0)
+    assert wrong_rows(connection, column, leave=["poison"]) == []
+    assert count_kinds(connection, column).quarantined == 2
+    assert run(database, column, server).total.read == 0
+    connection.execute("UPDATE docs SET body = 'fine again' WHERE id = 9")
+    assert run(database, column, server).total.embedded == 1
+    assert wrong_rows(connection, column, leave=["poison"]) == []
+
+
+def test_a_refused_row_that_somebody_holds_is_not_forgotten(
+    database: str, connection: Connection, column: Column, server: FaultServer
+) -> None:
+    """Recorded as quarantined it would keep its old vector: nothing would look at it again."""
+    fill(connection, column)
+    connection.execute("UPDATE docs SET body = 'poison' WHERE id = 9")
+    server.poison = {"poison": Status(413)}
+    with connect(database) as user, user.transaction():
+        user.execute("SELECT FROM docs WHERE id = 9 FOR UPDATE")
+        outcome = run(database, column, server)
+    assert outcome.stopped is not None
+    assert "other sessions hold" in outcome.stopped
+    assert outcome.total.quarantined == count_kinds(connection, column).quarantined == 0
+    assert pending(connection, column) == 1
+    assert server.count.texts["poison"] == 1, "asked once, however often the row was tried"
+
+    assert run(database, column, server).total.quarantined == 1
+    assert wrong_rows(connection, column, leave=["poison"]) == []
 
 
 def test_a_provider_that_refuses_too_much_stops_the_run(
