@@ -94,6 +94,8 @@ def test_a_storm_of_429_costs_time_only(
         pytest.param(0.3, Status(500, words=f"backend of {KEY} failed"), id="500"),
         pytest.param(0.3, Reset(), id="reset"),
         pytest.param(0.3, HalfResponse(), id="half a response"),
+        # whatever the rate: a gateway's, which drove the rate to a request every two seconds
+        pytest.param(0.3, Status(429), id="429"),
     ],
 )
 def test_a_third_of_all_requests_fails(
