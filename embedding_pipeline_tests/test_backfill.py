@@ -410,6 +410,26 @@ def test_large_texts_make_small_batches_and_pages(
     assert min(asked) <= 30, "not 512 rows read for the 25 that fit into a page"
 
 
+def test_a_partition_that_fits_into_a_page_is_read_once_and_looked_at_once_more(
+    database: str,
+    column: Column,
+    server: FaultServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A hundred changed rows in a thousand partitions: each page is four round trips."""
+    pages: list[tuple[str, int]] = []
+    original = reading.read_page
+
+    async def read(connection: Any, column: Any, partition: str, *arguments: Any) -> Any:
+        page = await original(connection, column, partition, *arguments)
+        pages.append((partition, len(page)))
+        return page
+
+    monkeypatch.setattr(reading, "read_page", read)
+    assert run(database, column, server).total.embedded == 200
+    assert pages == [(key, 50) for key in PARTITIONS] + [(key, 0) for key in PARTITIONS]
+
+
 def test_progress_and_its_remaining_rows(
     database: str,
     connection: Connection,

@@ -8,8 +8,9 @@ import numpy as np
 
 REMEMBERED_BYTES = 32 * 1024 * 1024
 """Of recent vectors kept for equal texts, and as much again for rows that were locked."""
-REMEMBERED_PLACES = 200_000
-"""Texts of which a run remembers in which row their vector is, once the vector is forgotten."""
+REMEMBERED_PLACES = 50_000
+"""Texts of which a run remembers in which row their vector is, once the vector is forgotten: 15 MB,
+so that a run over a million rows needs as much memory as one over ten thousand."""
 
 Vector = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -28,8 +29,7 @@ class Memory:
         """Not written because somebody held the row, and what the row counts as."""
         self.given_up: set[UUID] = set()
         """The same, but without room for the vector: such rows are left to the next run."""
-        self.places: OrderedDict[UUID, tuple[str, ...]] = OrderedDict()
-        """The key of a row that was given this vector."""
+        self._places: OrderedDict[int, tuple[str, ...]] = OrderedDict()
         self.refused: dict[UUID, str] = {}
 
     def vector(self, fingerprint: UUID) -> tuple[Vector, str] | None:
@@ -65,6 +65,10 @@ class Memory:
         """A row has this vector now: it can be recalled from there."""
         if (locked := self.locked.pop(fingerprint, None)) is not None:
             self.keep(fingerprint, locked[0])
-        self.places[fingerprint] = key
-        if len(self.places) > REMEMBERED_PLACES:
-            self.places.popitem(last=False)
+        self._places[fingerprint.int] = key
+        if len(self._places) > REMEMBERED_PLACES:
+            self._places.popitem(last=False)
+
+    def place(self, fingerprint: UUID) -> tuple[str, ...] | None:
+        """The key of a row that this run has given the text's vector."""
+        return self._places.get(fingerprint.int)

@@ -93,7 +93,10 @@ class Reader:
             found = True
             position = page[-1].position
             self._size_pages(page)
+            full = len(page) == most or _bytes(page) >= PAGE_BYTES
             await self._hand_on(partition, page, await self._recall(connection, page))
+            if not full and limit is None:
+                break  # what arrives from now on is the next pass's
         return found
 
     async def _page(
@@ -112,8 +115,7 @@ class Reader:
 
     def _size_pages(self, page: list[PendingRow]) -> None:
         """Ask for about as many rows as a page may have bytes, so that none are read in vain."""
-        characters = sum(len(row.text or "") for row in page)
-        fitting = PAGE_BYTES * len(page) // max(1, characters)
+        fitting = PAGE_BYTES * len(page) // max(1, _bytes(page))
         self.page_rows = max(1, min(self.most_in_page, fitting))
 
     async def _recall(
@@ -130,13 +132,13 @@ class Reader:
             for fingerprint in memory.page
             if memory.vector(fingerprint) is None and fingerprint not in self.flow.flying
         }
+        fingerprints: list[UUID] = list(wanted)
         places: list[tuple[str, ...]] | None = None
         if not self.column.embedding.reuse:
-            wanted &= memory.places.keys()
-            places = [memory.places[fingerprint] for fingerprint in wanted]
-        if not wanted:
+            known = {each: place for each in wanted if (place := memory.place(each)) is not None}
+            fingerprints, places = list(known), list(known.values())
+        if not fingerprints:
             return {}
-        fingerprints = list(wanted)
         return await connection.run(lambda c: stored_vectors(c, self.column, fingerprints, places))
 
     async def _hand_on(
@@ -167,3 +169,8 @@ class Reader:
             flow.count_read(partition)
         if ready:
             await flow.writes.put(ready)
+
+
+def _bytes(page: list[PendingRow]) -> int:
+    """Of text, as the database counts them."""
+    return sum(len(row.text.encode()) for row in page if row.text is not None)
