@@ -73,12 +73,10 @@ def _column(facts: ColumnFacts) -> Findings:
     if facts.coverage is None:
         found.unknown |= {of_coverage, of_quarantine}
     elif facts.coverage.severity == "error" and not facts.coverage.passed:
-        problem = _coverage_problem(facts, facts.coverage)
-        if facts.paused is not None and problem.kind is Kind.CHECK:
-            # somebody wants its rows to wait
-            found.unknown.add(of_coverage)
-        else:
-            found.problems.append(problem)
+        found.problems.append(_coverage_problem(facts, facts.coverage))
+    elif facts.held is not None and not facts.coverage.passed:
+        # its rows wait because somebody wants it so: neither news nor over
+        found.unknown.add(of_coverage)
     found.problems += _failing_problem(facts)
     return found
 

@@ -41,8 +41,8 @@ class ColumnFacts:
     partitions: frozenset[str] = frozenset()
     """That have pending rows."""
     failing: Sequence[FailingPartition] = ()
-    paused: str | None = None
-    """Who paused it and why."""
+    held: str | None = None
+    """What holds it back on purpose: a pause, a daily cost cap."""
     index_missing: str | None = None
     """Why search has no usable HNSW index; None while one is there, or being built."""
 

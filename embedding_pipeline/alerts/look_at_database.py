@@ -8,11 +8,13 @@ from datetime import UTC, datetime, time, timedelta
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
+import dagster as dg
 import psycopg
 
 from embedding_pipeline.alerts.facts import CapFacts, ColumnFacts, FailingPartition
-from embedding_pipeline.brakes import daily_caps, paused
+from embedding_pipeline.brakes import Held, daily_caps, held_back
 from embedding_pipeline.components import names
+from embedding_pipeline.components.checks import just_written, more_to_come, oldest_pending
 from embedding_pipeline.embedders.port import Endpoint
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.identity import check_identity_cheaply
@@ -21,7 +23,7 @@ from embedding_pipeline.spec import EmbeddingSpec, TableSpec
 from embedding_pipeline.store import sqlfiles
 from embedding_pipeline.store.catalogue import bind_columns
 from embedding_pipeline.store.column import Column
-from embedding_pipeline.store.lease import LeaseRow, read_leases
+from embedding_pipeline.store.lease import read_leases
 from embedding_pipeline.store.pending import (
     Coverage,
     count_by_partition,
@@ -38,8 +40,13 @@ if TYPE_CHECKING:
 Connection = psycopg.Connection[Any]
 
 
-def look_at_columns(connection: Connection, tables: Sequence[TableSpec]) -> list[ColumnFacts]:
-    """Every embedding column of the tables; what could not be looked at says why."""
+def look_at_columns(
+    connection: Connection, instance: dg.DagsterInstance, tables: Sequence[TableSpec]
+) -> list[ColumnFacts]:
+    """Every embedding column of the tables; what could not be looked at says why.
+
+    The instance is asked whether a run that would explain pending rows is about to start.
+    """
     found: list[ColumnFacts] = []
     for table in tables:
         try:
@@ -52,27 +59,34 @@ def look_at_columns(connection: Connection, tables: Sequence[TableSpec]) -> list
             continue
         for column in columns:
             try:
-                found.append(_look_at(connection, column))
+                found.append(_look_at(connection, instance, column))
             except psycopg.Error as error:
                 found.append(_without(table, column.embedding, unknown=_words(error)))
     return found
 
 
-def _look_at(connection: Connection, column: Column) -> ColumnFacts:
+def _look_at(connection: Connection, instance: dg.DagsterInstance, column: Column) -> ColumnFacts:
     try:
         check_identity_cheaply(connection, column)
     except PipelineError as error:
         return _without(column.table, column.embedding, stopped=str(error))
     waiting = count_by_partition(connection, column)
-    since = note_pending(connection, column, bool(waiting))
+    noted = note_pending(connection, column, bool(waiting))
     leases = read_leases(connection, column)
-    pause = paused(connection, column)
+    since = oldest_pending(noted, waiting, leases)
+    held = held_back(connection, column)
+    key = names.column_key(column.table, column.embedding)
+    at_work = any(each in leases and leases[each].live for each in waiting) or (
+        bool(waiting)
+        and just_written(connection, column)
+        and more_to_come(instance, column.table, key)
+    )
     return ColumnFacts(
         table=column.table.table,
         column=column.embedding.column,
-        asset="/".join(names.column_key(column.table, column.embedding).path),
+        asset="/".join(key.path),
         provider=column.embedding.provider,
-        coverage=_coverage(connection, column, waiting, since, leases),
+        coverage=_coverage(connection, column, since, held, at_work=at_work),
         pending=sum(waiting.values()),
         pending_since=since,
         partitions=frozenset(waiting),
@@ -87,7 +101,7 @@ def _look_at(connection: Connection, column: Column) -> ColumnFacts:
             for key, lease in sorted(leases.items())
             if lease.failures and not lease.live and key in waiting
         ],
-        paused=str(pause) if pause is not None else None,
+        held=str(held) if held is not None else None,
         index_missing=_index_missing(connection, column),
     )
 
@@ -132,10 +146,13 @@ def _next_midnight(now: datetime) -> datetime:
 def _coverage(
     connection: Connection,
     column: Column,
-    waiting: dict[str, int],
     since: datetime | None,
-    leases: dict[str, LeaseRow],
+    held: Held | None,
+    *,
+    at_work: bool,
 ) -> "Verdict":
+    from embedding_pipeline.evaluation.verdict import coverage_verdict
+
     kinds = count_kinds(connection, column)
     rows = estimated_rows(connection, column) if kinds.quarantined else 0
     if kinds.quarantined and not rows:
@@ -144,15 +161,14 @@ def _coverage(
     else:
         embedded = max(0, rows - kinds.pending - kinds.quarantined)
         counts = Coverage(rows, embedded, kinds, 0)
-    from embedding_pipeline.evaluation.verdict import coverage_verdict
-
     return coverage_verdict(
         counts,
         pending_since=since,
         now=datetime.now(UTC),
         max_pending_minutes=column.embedding.max_pending_minutes,
         max_quarantined_share=column.embedding.max_quarantined_share,
-        in_flight=any(key in leases and leases[key].live for key in waiting),
+        in_flight=at_work,
+        held=str(held) if held is not None else None,
     )
 
 

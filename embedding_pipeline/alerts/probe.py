@@ -32,7 +32,7 @@ def waited_for(
     found: dict[str, list[ColumnFacts]] = {name: [] for name in open_incidents}
     worth: set[str] = set(open_incidents)
     for facts in columns:
-        if not facts.pending or facts.paused is not None:
+        if not facts.pending or facts.held is not None:
             continue
         found.setdefault(facts.provider, []).append(facts)
         since = facts.pending_since

@@ -132,7 +132,7 @@ def _findings(
 ) -> Findings:
     environment = settings.embedding_pipeline_environment
     known = open_incidents(connection, environment)
-    columns = look_at_columns(connection, tables)
+    columns = look_at_columns(connection, instance, tables)
     findings = column_rules.column_problems(columns)
     findings.add(column_rules.check_problems(look_at_checks(instance, tables), columns))
     runs = dict(connection.execute(sqlfiles.query("alerts/runs"), [environment]).fetchall())

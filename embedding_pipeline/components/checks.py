@@ -151,19 +151,20 @@ def _occasion(
     selected = run.asset_selection
     if materialised is None and (selected is None or key not in selected):
         return Occasion(
-            run.run_id, thorough=True, more_to_come=_more_to_come(context.instance, table, key)
+            run.run_id, thorough=True, more_to_come=more_to_come(context.instance, table, key)
         )
     order = names.known_partitions(context.instance, table)
     return Occasion(
         run.run_id,
         thorough=False,
         partitions=frozenset(names.partitions_of_range(run.tags, order)),
-        more_to_come=_more_to_come(context.instance, table, key),
+        more_to_come=more_to_come(context.instance, table, key),
         stopped=materialised is not None and "stopped" in materialised.metadata,
     )
 
 
-def _more_to_come(instance: dg.DagsterInstance, table: TableSpec, key: dg.AssetKey) -> bool:
+def more_to_come(instance: dg.DagsterInstance, table: TableSpec, key: dg.AssetKey) -> bool:
+    """Whether another run of the column is about to start."""
     runs = instance.get_runs(
         dg.RunsFilter(tags={names.TABLE_TAG: table.asset_name}, statuses=ABOUT_TO_START), limit=100
     )
@@ -213,12 +214,12 @@ def _coverage(
     held = held_back(connection, column)
     verdict = coverage_verdict(
         counts,
-        pending_since=_oldest(since, waiting, leases),
+        pending_since=oldest_pending(since, waiting, leases),
         now=datetime.now(UTC),
         max_pending_minutes=column.embedding.max_pending_minutes,
         max_quarantined_share=column.embedding.max_quarantined_share,
         in_flight=any(key in leases and leases[key].live for key in waiting)
-        or (occasion.more_to_come and _just_written(connection, column)),
+        or (occasion.more_to_come and just_written(connection, column)),
         limited=occasion.stopped or elsewhere,
         held=str(held) if held else None,
     )
@@ -226,7 +227,7 @@ def _coverage(
     return verdict
 
 
-def _just_written(connection: "psycopg.Connection[Any]", column: Column) -> bool:
+def just_written(connection: "psycopg.Connection[Any]", column: Column) -> bool:
     """Whether a run has just ended: a backfill of several runs is then between two of them.
 
     A run that only waits in the queue explains nothing: nobody may ever start it.
@@ -235,7 +236,7 @@ def _just_written(connection: "psycopg.Connection[Any]", column: Column) -> bool
     return written is not None and datetime.now(UTC) - written < BETWEEN_RUNS
 
 
-def _oldest(
+def oldest_pending(
     noted: datetime | None, waiting: Iterable[str], leases: Mapping[str, LeaseRow]
 ) -> datetime | None:
     """Since when, at the earliest, one of these partitions' rows can have been pending.

@@ -17,6 +17,7 @@ from embedding_pipeline.embedders import endpoints
 from embedding_pipeline.spec_files import TableFile
 from embedding_pipeline.store.catalogue import bind_columns
 from embedding_pipeline.store.connection import connect
+from embedding_pipeline.store.pauses import pause, resume
 from embedding_pipeline_tests.alerts.receiver import Received
 from embedding_pipeline_tests.alerts.world import World
 from embedding_pipeline_tests.faults.server import Status
@@ -51,12 +52,13 @@ def rows_wait(world: World, minutes: int = 2) -> None:
 
 
 def waited(world: World, minutes: int) -> None:
-    """The rows that are pending have been so for so many minutes."""
+    """The rows that are pending have been so for so many minutes, and no run since."""
     world.tick()
     world.sql(
-        "UPDATE embedding_pipeline.embedding_column"
-        f" SET pending_since = now() - interval '{minutes} min'"
+        "UPDATE embedding_pipeline.embedding_column SET written_at = NULL,"
+        f" pending_since = now() - interval '{minutes} min'"
     )
+    world.sql("UPDATE embedding_pipeline.lease SET emptied_at = NULL")
 
 
 # ---- providers --------------------------------------------------------------------------------
@@ -230,6 +232,29 @@ def test_stale_rows_older_than_max_pending_minutes(world: World) -> None:
 
     assert world.embed().success
     over(world, title, ticks=1)
+
+
+def test_rows_of_a_paused_table_wait_because_somebody_wants_it_so(world: World) -> None:
+    with connect(world.url) as connection:
+        pause(connection, world.column.facts, None, by="a test")
+        rows_wait(world, minutes=75)
+        world.server.stop()
+        assert world.tick(3) == [], "nor is a provider asked for them"
+        world.server.start()
+        resume(connection, world.column.facts, None)
+    told(world, f"check {COLUMN}: coverage", ticks=1)
+
+
+def test_a_table_that_is_written_to_all_the_time_never_alerts(world: World) -> None:
+    """At every look some row is pending; none has been for long."""
+    world.sql("UPDATE docs SET body = 'edited'")
+    assert world.embed().success
+    world.sql("UPDATE docs SET body = 'just now' WHERE id = 4")
+    world.tick()
+    world.sql(
+        "UPDATE embedding_pipeline.embedding_column SET pending_since = now() - interval '75 min'"
+    )
+    assert world.tick(4) == []
 
 
 def test_quarantine_past_its_share(world: World) -> None:
