@@ -1,7 +1,9 @@
 """The one entry point: everything under `defs/`, loaded by Dagster's component loader."""
 
 import importlib
+import os
 import warnings
+from dataclasses import dataclass
 
 import dagster as dg
 
@@ -22,7 +24,26 @@ for _category in (dg.BetaWarning, dg.PreviewWarning):
 @dg.definitions
 def defs() -> dg.Definitions:
     """Every table of `defs/`, and those of the folder that EMBEDDING_PIPELINE_DEFS names."""
-    files = _table_files()
+    files, environment = _table_files(), dict(os.environ)
+    if not (_built and (_built[0].files, _built[0].environment) == (files, environment)):
+        _built[:] = [_Built(files, environment, _build(files))]
+    return _built[0].definitions
+
+
+@dataclass(frozen=True)
+class _Built:
+    """Definitions and all that they follow from."""
+
+    files: list[TableFile]
+    environment: dict[str, str]
+    definitions: dg.Definitions
+
+
+_built: list[_Built] = []
+"""The last ones, if any: Dagster asks six times in a process that executes a run."""
+
+
+def _build(files: list[TableFile]) -> dg.Definitions:
     further = [file for file in files if not file.path.is_relative_to(DEFS_FOLDER)]
     return dg.Definitions.merge(
         # Dagster's loader fails on a folder without components: whoever removed the samples

@@ -13,6 +13,7 @@ import dagster as dg
 import pytest
 
 from embedding_pipeline import EmbeddedTable
+from embedding_pipeline.definitions import defs
 from embedding_pipeline.settings import PROJECT_ROOT, Settings
 from embedding_pipeline.spec_files import DEFS_FOLDER, load_table_files
 from embedding_pipeline.templates import template_scope
@@ -179,6 +180,41 @@ class TestFreshInterpreter:
         modules = run("-c", code, cwd=tmp_path).stdout.split()
         assert "embedding_pipeline.cli" in modules
         assert not {"dagster", "numpy", "psycopg", "pydantic", "yaml", *HEAVY} & set(modules)
+
+
+class TestAskedAgain:
+    """Dagster asks for the definitions six times in a process that executes a run."""
+
+    def test_what_has_not_changed_is_not_built_again(self, environment: Environment) -> None:
+        environment()
+        assert defs() is defs()
+
+    def test_another_table_is_seen(self, environment: Environment, tmp_path: Path) -> None:
+        environment()
+        before = defs()
+        add_notes(tmp_path)
+        environment(EMBEDDING_PIPELINE_DEFS=str(tmp_path))
+        assert dg.AssetKey(["notes", "embedding_384"]) in keys_of(defs())
+        text = (tmp_path / "notes" / "defs.yaml").read_text()
+        (tmp_path / "notes" / "defs.yaml").write_text(text.replace("embedding_384", "other"))
+        assert dg.AssetKey(["notes", "other"]) in keys_of(defs())
+        assert dg.AssetKey(["notes", "other"]) not in keys_of(before)
+
+    def test_another_environment_is_seen(self, environment: Environment) -> None:
+        environment()
+        before = status_of_sensors(defs())
+        environment(EMBEDDING_PIPELINE_SENSORS="on")
+        assert before == {dg.DefaultSensorStatus.STOPPED}
+        assert status_of_sensors(defs()) == {dg.DefaultSensorStatus.RUNNING}
+
+
+def keys_of(definitions: dg.Definitions) -> set[dg.AssetKey]:
+    return set(definitions.resolve_asset_graph().get_all_asset_keys())
+
+
+def status_of_sensors(definitions: dg.Definitions) -> set[dg.DefaultSensorStatus]:
+    sensors = definitions.get_repository_def().sensor_defs
+    return {sensor.default_status for sensor in sensors if sensor.name.endswith("_pending")}
 
 
 class TestAnotherTable:
