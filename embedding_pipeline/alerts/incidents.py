@@ -51,7 +51,8 @@ class Reconciled:
     """`table.column` whose provider answers again."""
     noticed: int = 0
     """Problems that have not been seen often enough to tell anybody."""
-    open: int = 0
+    open: list[str] = field(default_factory=list)
+    """Everything that is wrong at this look."""
 
 
 def reconcile(
@@ -116,7 +117,7 @@ def _see(
         title, body = alert_message(problem, first_seen, ui)
         _write(connection, incident, "alert", _told(problem, channels), title, body)
         done.told.append(headline(problem))
-    done.open += 1
+    done.open.append(headline(problem))
 
 
 def _close(

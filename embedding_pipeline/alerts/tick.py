@@ -43,6 +43,8 @@ FIRST_LOOK_BACK = timedelta(minutes=15)
 """At its first tick ever the sensor looks at runs that failed so long ago."""
 OVERLAP = timedelta(minutes=1)
 """Failed runs are looked at again for so long: an event may be written late."""
+MOST_NAMED = 10
+"""Open incidents that a tick's words name."""
 REFUSALS_OF_A_DEAD_CHANNEL = 2
 """Attempts in a row after which the other channels are told."""
 
@@ -177,9 +179,13 @@ def _channel_findings(
 
 
 def _summary(result: Reconciled, channels: Sequence[Channel], arrived: int) -> list[str]:
-    words = [f"{result.open} incident{'s' * (result.open != 1)} open"]
+    count = len(result.open)
+    words = [f"{count} incident{'s' * (count != 1)} open"]
+    if result.open:
+        more = f" and {count - MOST_NAMED} more" if count > MOST_NAMED else ""
+        words[0] += ": " + ", ".join(result.open[:MOST_NAMED]) + more
     if result.told:
-        words.append("new: " + ", ".join(result.told))
+        words.append("told now: " + ", ".join(result.told))
     if result.recovered:
         words.append("recovered: " + ", ".join(result.recovered))
     if arrived:

@@ -82,6 +82,12 @@ def test_words_of_a_service_that_quote_the_address_are_cut() -> None:
     assert channel.without_secrets("Failed: error=404") == "Failed: error=404"
 
 
+def test_the_uis_address_is_one(environment: Environment) -> None:
+    environment(DAGSTER_UI_URL="dagster.example:3000")
+    with pytest.raises(SettingsError, match="DAGSTER_UI_URL: must start with http"):
+        load_settings()
+
+
 # ---- alert-test -------------------------------------------------------------------------------
 
 
