@@ -20,7 +20,7 @@ import psycopg
 from embedding_pipeline.components import names
 from embedding_pipeline.components.sensor import SENSORS_VARIABLE
 from embedding_pipeline.components.table_metadata import COUNTED_ROWS
-from embedding_pipeline.dev_log import shown
+from embedding_pipeline.dev_log import LogView
 from embedding_pipeline.dev_summary import summary
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.main_job import prepare, use_project_instance
@@ -113,10 +113,13 @@ def make_partitions_known(instance: dg.DagsterInstance, tables: Sequence[TableSp
 def _follow(process: "subprocess.Popen[bytes]") -> None:
     """Show what Dagster's processes say, until the last of them is gone."""
     assert process.stdout is not None
+    view = LogView()
     for line in process.stdout:
         # never ends early: a full pipe would stop them
         with suppress(OSError, ValueError):
-            click.echo(shown(line.decode(errors="replace")))
+            words = view.line(line.decode(errors="replace"))
+            if words is not None:
+                click.echo(words)
 
 
 def _refuse_used_port(host: str, port: int) -> None:
