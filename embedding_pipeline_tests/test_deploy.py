@@ -249,7 +249,7 @@ class TestHelm:
 
     def test_it_limits_the_same_as_compose(self) -> None:
         compose = read("dagster.yaml")
-        for name in ("concurrency", "run_monitoring"):
+        for name in ("concurrency", "run_queue", "run_monitoring"):
             assert VALUES["additionalInstanceConfig"][name] == compose[name]
 
     def test_no_secret_stands_in_the_values(self) -> None:

@@ -181,7 +181,13 @@ def check_result(verdict: "Verdict", key: dg.AssetKey, name: str) -> dg.AssetChe
         if verdict.severity == "error"
         else dg.AssetCheckSeverity.WARN,
         description=verdict.summary,
-        metadata={"evaluated": verdict.status != "not_evaluated", **verdict.metadata},
+        metadata={
+            "evaluated": verdict.status != "not_evaluated",
+            **{
+                name: round(value, 6) if isinstance(value, float) else value
+                for name, value in verdict.metadata.items()
+            },
+        },
     )
 
 

@@ -45,6 +45,10 @@ class TestAFirstMaterialisation:
         for words in ("Owners", "README.md", "defs.yaml"):
             expect(text(page, words, exact=False)).to_be_visible()
 
+    def test_partitions_of_values_are_there_before_any_sensor_ticks(self, page: Page) -> None:
+        page.goto("/assets/knowledge_chunks/embedding_384?view=partitions")
+        expect(text(page, "Missing (4)")).to_be_visible()
+
     def test_select_click_watch_understand(self, page: Page, project: Project) -> None:
         assert counts(project, "lexicon", "embedding_384") == {
             "rows": 225,
