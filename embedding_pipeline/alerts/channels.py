@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from embedding_pipeline.alerts.addresses import scheme, split_urls
 from embedding_pipeline.errors import SettingsError
@@ -62,8 +63,9 @@ class Channel:
     def without_secrets(self, text: str) -> str:
         """Words of apprise or of a service, without any part of the address but its host."""
         # the parts of an address that may be secret, the longest first: one may contain another
-        parts = sorted(set(re.split(r"[/?&=:@,\s]+", self.url)), key=len, reverse=True)
-        for part in [self.url, *parts]:
+        parts = set(re.split(r"[/?&=:@,\s]+", self.url))
+        parts |= {unquote(part) for part in parts}
+        for part in [self.url, *sorted(parts, key=len, reverse=True)]:
             if len(part) >= 5 and not _is_host_or_word(part):
                 text = text.replace(part, "…")
         return " ".join(text.split())[:LONGEST_ERROR]

@@ -1,5 +1,6 @@
 """Sending what is waiting: in order for each channel, again with back-off where it fails."""
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ GIVE_UP_DAYS = 7
 """A message that a channel has refused for so long is no news any more."""
 MOST_AT_ONCE = 20
 """Messages to one channel in one tick: services limit how many they take, and a tick its time."""
+SENDING_SECONDS = 20.0
+"""How long a tick goes on sending to a slow channel: Dagster gives a tick a minute in all."""
 LONGEST_ERROR = 300
 
 
@@ -58,11 +61,12 @@ def deliver(url: str, environment: str, channels: Sequence[Channel]) -> int:
 
 def _deliver(url: str, environment: str, channel: Channel) -> int:
     arrived = 0
+    deadline = time.monotonic() + SENDING_SECONDS
     with connect(url) as connection:
         for message, event, title, body, _, due in connection.execute(
             sqlfiles.query("alerts/waiting"), [environment, channel.name, MOST_AT_ONCE]
         ).fetchall():
-            if not due:
+            if not due or time.monotonic() > deadline:
                 break
             try:
                 channel.send(title, body, recovery=event == "recovery")

@@ -24,6 +24,8 @@ CHECKS = ("golden_mrr", "vectors_valid", "index_recall")
 HISTORY = 20
 """How many results of a check are looked at for the latest that was a judgement."""
 MOST_RUNS = 200
+MARKED = "marked as failed from outside"
+"""Part of what Dagster says of a run that somebody else failed and gave no reason for."""
 JUDGED = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
 
 
@@ -244,11 +246,18 @@ class _Failure:
 
 def _failure(instance: dg.DagsterInstance, run: dg.DagsterRun) -> _Failure | None:
     """None where its failure needs nobody: another run held what it was to do."""
-    kinds = {dg.DagsterEventType.STEP_FAILURE, dg.DagsterEventType.RUN_FAILURE}
-    died, interrupted, said = True, False, ""
+    kinds = {
+        dg.DagsterEventType.STEP_FAILURE,
+        dg.DagsterEventType.RUN_FAILURE,
+        dg.DagsterEventType.ENGINE_EVENT,
+    }
+    died, interrupted, said, engine = True, False, "", ""
     for record in instance.get_records_for_run(run.run_id, of_type=kinds, limit=100).records:
         event = record.event_log_entry.dagster_event
         if event is None:
+            continue
+        if event.event_type is dg.DagsterEventType.ENGINE_EVENT:
+            engine = event.message or engine
             continue
         if event.event_type is dg.DagsterEventType.RUN_FAILURE:
             data = event.event_specific_data
@@ -268,6 +277,8 @@ def _failure(instance: dg.DagsterInstance, run: dg.DagsterRun) -> _Failure | Non
             if error.cause is None:
                 said = said or error.message
             error = error.cause
+    if died and MARKED in said and engine:
+        said = engine  # what noticed it says more
     return _Failure(said.strip() or "nothing was said", died, interrupted)
 
 

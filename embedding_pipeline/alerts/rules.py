@@ -51,6 +51,7 @@ def run_problems(runs: Iterable[FailedRun]) -> Findings:
                 f"Run {run.run_id[:8]} {what}: {run.error}",
                 remedy,
                 table=run.table,
+                column=", ".join(sorted(name.rpartition(".")[2] for name in run.columns)) or None,
                 since=run.at,
                 link=f"runs/{run.run_id}",
                 run_id=run.run_id,

@@ -36,7 +36,9 @@ def status_lines(connection: Connection, settings: Settings) -> list[str]:
             + f"; channels: {told}"
         ]
     lines += [f"  open: {_words(each)}" for each in open_incidents(connection, environment)]
-    lines += [f"  not delivered: {each}" for each in undelivered(connection, environment)]
+    lines += [
+        f"  not delivered: {each}" for each in undelivered(connection, environment) if each.attempts
+    ]
     return lines
 
 

@@ -80,6 +80,8 @@ def test_words_of_a_service_that_quote_the_address_are_cut() -> None:
     channel = Channel("1 slack", f"slack://T1JJ3T3L2/A1BRTD4JD/{SECRET}/#alerts")
     assert SECRET not in channel.without_secrets(f"POST /services/T1JJ3T3L2/{SECRET} failed")
     assert channel.without_secrets("Failed: error=404") == "Failed: error=404"
+    encoded = Channel("1 json", "json://user:p%40ssw%C3%B6rd@a.example")
+    assert "p@sswörd" not in encoded.without_secrets("login user:p@sswörd failed")
 
 
 def test_the_uis_address_is_one(environment: Environment) -> None:

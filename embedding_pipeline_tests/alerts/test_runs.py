@@ -46,6 +46,9 @@ def test_a_killed_run_is_told_once_and_recovers_with_the_next_one(world: World) 
     [alert] = world.tick()
     assert alert.title == f"[ALERT] {KILLED}"
     assert "died" in alert.body
+    assert alert.line("table") == "docs"
+    assert alert.line("column") == "embedding_4"
+    assert "its lease lapsed" in alert.body
     assert alert.line("link") == f"http://dagster.example:3000/runs/{run}"
     assert world.tick(3) == []
 
@@ -71,6 +74,17 @@ def test_a_killed_run_is_told_although_the_next_one_was_quicker_than_the_alert(
         f"[RECOVERED] {KILLED}",
     ]
     assert world.tick(3) == []
+
+
+def test_what_noticed_a_killed_run_says_how_it_was_killed(world: World) -> None:
+    """Dagster's code server sees its run worker's signal and fails the run without a reason."""
+    world.sql("UPDATE docs SET body = 'edited ' || id WHERE tenant = 'a'")
+    run = world.instance.get_run_by_id(start_and_kill(world))
+    assert run is not None
+    world.instance.report_engine_event("terminated by signal 9 (SIGKILL)", run)
+    world.instance.report_run_failed(run)
+    [alert] = world.tick()
+    assert "terminated by signal 9 (SIGKILL)" in alert.body
 
 
 def test_a_run_whose_retry_succeeds_is_no_news(world: World) -> None:
