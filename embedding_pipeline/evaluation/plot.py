@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import pairwise
@@ -40,6 +41,8 @@ def draw(histories: Mapping[str, Sequence[Point]], floors: Mapping[str, float]) 
     shown = {column: points for column, points in histories.items() if points}
     if not shown:
         return None
+    # building its cache of fonts, or having no folder for it, is no news to who evaluates
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     # a third of a second that only an evaluation pays
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
     from matplotlib.figure import Figure

@@ -1,6 +1,7 @@
 """The picture in the report shows what the database has, column by column."""
 
 import base64
+import os
 import struct
 import subprocess
 import sys
@@ -78,3 +79,22 @@ def test_nothing_evaluated_is_no_picture() -> None:
 def test_matplotlib_waits_until_something_is_drawn() -> None:
     code = "import embedding_pipeline.evaluation.plot, sys; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_drawing_says_nothing_where_there_is_no_folder_for_a_cache() -> None:
+    """As in a container whose user has no home: what `run` prints stays its own."""
+    code = (
+        "from datetime import datetime, UTC\n"
+        "from embedding_pipeline.evaluation.history import Point\n"
+        "from embedding_pipeline.evaluation.plot import mrr_plot\n"
+        "assert mrr_plot({'a': [Point(datetime.now(UTC), 0.5, 'g')]})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MPLCONFIGDIR": "/proc/nowhere"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
