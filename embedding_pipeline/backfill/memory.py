@@ -6,10 +6,10 @@ from uuid import UUID
 
 import numpy as np
 
-REMEMBERED_BYTES = 32 * 1024 * 1024
+REMEMBERED_BYTES = 16 * 1024 * 1024
 """Of recent vectors kept for equal texts, and as much again for rows that were locked."""
-REMEMBERED_PLACES = 50_000
-"""Texts of which a run remembers in which row their vector is, once the vector is forgotten: 15 MB,
+REMEMBERED_PLACES = 30_000
+"""Texts of which a run remembers in which row their vector is, once the vector is forgotten: 9 MB,
 so that a run over a million rows needs as much memory as one over ten thousand."""
 
 Vector = np.ndarray[Any, np.dtype[np.float32]]

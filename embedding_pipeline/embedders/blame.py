@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 
 ENOUGH = 12
 """Requests that tell how a level of load is answered."""
+PATIENCE_SECONDS = 1.0
+"""For them; at a slow rate they would take too long where it is our doing after all."""
 REMEMBERED_LEVELS = 24
-LIGHTER, MUCH_LIGHTER = 2.0, 4.0
-"""Times that a load must be lighter than another to be compared with it; the second where nearly
-everything is answered."""
+LIGHTER = 4.0
+"""Times that a load must be lighter than another to be compared with it. With less the processes
+that share a limit mistake each other's load for throttles that come anyhow (simulated)."""
 OVERLOADED = 0.4
 """Of a load of which less was answered nothing is concluded: it can be far too much, and half of
 it still too much."""
@@ -69,10 +71,10 @@ class Blame:
         self._levels.clear()
         return False
 
-    @property
-    def too_early(self) -> bool:
-        """Whether a load that is answered for the most part was not tried for long enough."""
-        return self._answered > 0 and self._sent < ENOUGH
+    def too_early(self, now: float) -> bool:
+        """Whether a load that is answered at least in part was not tried for long enough."""
+        trying = self._since is not None and now - self._since < PATIENCE_SECONDS
+        return trying and self._answered > 0 and self._sent < ENOUGH
 
     @property
     def tried(self) -> bool:
@@ -89,7 +91,7 @@ class Blame:
         return (
             len(last) == 3
             and all(OVERLOADED <= level.share < NEARLY_ALL for level in last)
-            and max(loads) < LIGHTER * min(loads)
+            and max(loads) < 2 * min(loads)
         )
 
     def heavier_and_as_good(self, now: float, window: float) -> Level | None:
@@ -108,7 +110,7 @@ class Blame:
         self._levels.append(level)
         if found is None and self._lowering_is_in_vain():
             # nothing heavier is known to compare with: then try it
-            found = replace(level, load=LIGHTER * level.load)
+            found = replace(level, load=2 * level.load)
             self._levels.clear()
             self._levels.append(level)
             return found
@@ -121,8 +123,7 @@ class Blame:
 
 def _as_good(heavy: Level, light: Level) -> bool:
     ratio = heavy.load / light.load
-    wanted = MUCH_LIGHTER if light.share >= NEARLY_ALL else LIGHTER
-    if ratio < wanted or min(heavy.share, light.share) < OVERLOADED:
+    if ratio < LIGHTER or min(heavy.share, light.share) < OVERLOADED:
         return False
     if_our_doing = min(1.0, heavy.share * ratio)
     return light.share < (heavy.share + if_our_doing) / 2

@@ -183,7 +183,7 @@ class Limiter:
                 self.rate *= 2
                 self._bad_rate = self.rate / MARGIN
             return
-        if self._blame.too_early:
+        if self._blame.too_early(now):
             return
         self._reacted_at = now
         if (heavier := self._blame.heavier_and_as_good(now, self.window)) is not None:
