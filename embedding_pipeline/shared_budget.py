@@ -34,8 +34,9 @@ from typing import Any
 
 import psycopg
 
-from embedding_pipeline.embedders.budget import BURST_SECONDS, SHARE, Budget, Clock, TokenBucket
+from embedding_pipeline.embedders.budget import BURST_SECONDS, Budget, Clock, TokenBucket
 from embedding_pipeline.embedders.port import Endpoint
+from embedding_pipeline.embedders.timeline import Block, costs, per_second
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.store import endpoint_budget as store
 from embedding_pipeline.store.connection import connect
@@ -55,23 +56,6 @@ RETRY_SECONDS = 5.0
 """Between attempts to reach a database that is away."""
 PATIENCE_SECONDS = 5.0
 """For one answer of the database; longer, and it counts as away."""
-
-
-class _Block:
-    """A reserved piece of the endpoint's timeline, and how far it is used up (seconds)."""
-
-    def __init__(self, start: float, seconds: float) -> None:
-        self.start, self.seconds = start, seconds
-        self.requests = self.tokens = 0.0
-
-    @property
-    def position(self) -> float:
-        return max(0.0, self.requests, self.tokens)
-
-    def pass_time(self, now: float, late: float) -> None:
-        """What was not used in time is lost; so many seconds are still in time."""
-        passed = now - self.start - late
-        self.requests, self.tokens = max(self.requests, passed), max(self.tokens, passed)
 
 
 class SharedBudget:
@@ -100,7 +84,7 @@ class SharedBudget:
         self._holders = 1
         self._in_flight = self._most_in_flight = 0
         self._short_of_places = self._hurry = True
-        self._blocks: deque[_Block] = deque()
+        self._blocks: deque[Block] = deque()
         self._chunk = 0.0
         self._overdrawn = (0.0, 0.0)
         self._seconds_needed: float | None = None
@@ -147,7 +131,7 @@ class SharedBudget:
             self._in_flight -= 1
             limit = self.limits.tokens_per_minute
             if used is not None and limit and self._blocks:
-                self._blocks[0].tokens += (used - tokens) / _per_second(limit)
+                self._blocks[0].tokens += (used - tokens) / per_second(limit)
             if used is not None and self._own is not None:
                 self._own.release(tokens, used)
             self._wake()
@@ -202,7 +186,7 @@ class SharedBudget:
         now, limits = self._clock(), self.limits
         if not limits:
             return now
-        by_requests, by_tokens = _costs(limits, tokens)
+        by_requests, by_tokens = costs(limits, tokens)
         while self._blocks:
             block = self._blocks[0]
             block.pass_time(now, self._late)
@@ -371,7 +355,7 @@ class SharedBudget:
         begins_in, learnt = store.reserve(connection, self._rate_key, seconds, tell or Limits())
         with self._lock:
             self._take_over(learnt)
-            block = _Block(self._clock() + begins_in, seconds)
+            block = Block(self._clock() + begins_in, seconds)
             block.requests, block.tokens = self._overdrawn
             self._overdrawn = (0.0, 0.0)
             self._blocks.append(block)
@@ -426,19 +410,6 @@ class SharedBudget:
 def _done(waiter: "asyncio.Future[None]") -> None:
     if not waiter.done():
         waiter.set_result(None)
-
-
-def _per_second(per_minute: int) -> float:
-    return SHARE * per_minute / 60
-
-
-def _costs(limits: Limits, tokens: int) -> tuple[float, float]:
-    """Seconds of the timeline that one request takes, by requests and by tokens."""
-    requests, by_token = limits.requests_per_minute, limits.tokens_per_minute
-    return (
-        1 / _per_second(requests) if requests else 0.0,
-        tokens / _per_second(by_token) if by_token else 0.0,
-    )
 
 
 def _first_line(error: Exception) -> str:

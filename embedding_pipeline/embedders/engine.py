@@ -9,9 +9,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,7 +22,8 @@ from embedding_pipeline.embedders.errors import (
     InputError,
     TransientError,
 )
-from embedding_pipeline.embedders.inputs import Inputs, Rules, prepare, shorten
+from embedding_pipeline.embedders.inputs import Rules, prepare, shorten
+from embedding_pipeline.embedders.job import History, Job
 from embedding_pipeline.embedders.limiter import Limiter, Sent, limiter_for
 from embedding_pipeline.embedders.packing import RequestLimits, halves, pack
 from embedding_pipeline.embedders.port import EmbedResult, Endpoint, MayRepeat, Overlong
@@ -51,57 +51,6 @@ PERHAPS_BILLED = frozenset({"timeout", "broken", "response"})
 PROBE_TEXT = "a"
 REFUSALS_WITHOUT_A_DOUBT = 3
 """Texts refused alone, with no text answered in between, before a plain text is tried."""
-
-
-@dataclass
-class _Job:
-    """One `embed` call."""
-
-    inputs: Inputs
-    result: EmbedResult
-    retry: bool
-    stopped: "asyncio.Future[None]"
-    error: EmbedError | None = None
-    may_repeat: MayRepeat | None = None
-
-    def stop(self, error: EmbedError) -> None:
-        """The first error is the call's; nothing more is sent."""
-        if self.error is None:
-            self.error = error
-            self.stopped.set_result(None)
-
-    def take(self, indices: list[int], answer: Answer) -> None:
-        """An answer to these inputs. One to all of them is the result as it is, without a copy."""
-        result = self.result
-        if len(indices) == len(result.done):
-            result.vectors = answer.vectors
-        else:
-            if not result.vectors.flags.writeable:
-                result.vectors = result.vectors.copy()
-            result.vectors[indices] = answer.vectors
-        result.done[indices] = True
-
-    async def sleep(self, waiting: Awaitable[None]) -> None:
-        """Wait, but no longer than the call goes on."""
-        task = asyncio.ensure_future(waiting)
-        try:
-            await self.first_of(task)
-        finally:
-            task.cancel()
-
-    async def first_of(self, task: "asyncio.Future[Any]") -> None:
-        """Wait until the task is done or the call has ended."""
-        waited_for: set[asyncio.Future[Any]] = {task, self.stopped}
-        await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
-
-
-@dataclass
-class _History:
-    """What has failed so far of a request, or of the one that it is a part of."""
-
-    failures: int = 0
-    answered_before: int = 0
-    is_part: bool = False
 
 
 class ProviderEmbedder:
@@ -159,7 +108,7 @@ class ProviderEmbedder:
         await self._start(retry=True)
 
     async def _start(self, *, retry: bool) -> None:
-        history = _History()
+        history = History()
         self._failing_since = None
         if self._counter is None:
             self._counter = await asyncio.to_thread(token_counter, self.model)
@@ -225,7 +174,7 @@ class ProviderEmbedder:
             raise job.error
         return job.result
 
-    async def _job(self, texts: Sequence[str], *, retry: bool) -> _Job:
+    async def _job(self, texts: Sequence[str], *, retry: bool) -> Job:
         rules = self._rules
         if rules.counter.exact and any(len(text) > rules.most_tokens // 2 for text in texts):
             # tokenizing takes a millisecond a page and lets go of the interpreter's lock
@@ -239,9 +188,9 @@ class ProviderEmbedder:
             refused=inputs.refused,
             truncated=inputs.truncated,
         )
-        return _Job(inputs, result, retry, asyncio.get_running_loop().create_future())
+        return Job(inputs, result, retry, asyncio.get_running_loop().create_future())
 
-    async def _run(self, job: _Job) -> None:
+    async def _run(self, job: Job) -> None:
         indices = list(job.inputs.weights)
         limits = RequestLimits(
             self.endpoint.max_inputs,
@@ -251,9 +200,9 @@ class ProviderEmbedder:
         packed = pack(list(job.inputs.weights.values()), limits)
         async with asyncio.TaskGroup() as group:
             for positions in packed:
-                group.create_task(self._piece(job, [indices[p] for p in positions], _History()))
+                group.create_task(self._piece(job, [indices[p] for p in positions], History()))
 
-    async def _piece(self, job: _Job, indices: list[int], history: _History) -> None:
+    async def _piece(self, job: Job, indices: list[int], history: History) -> None:
         """Embed these inputs: in one request, or in more where a text seems to be at fault."""
         tries, plain_text_worked = 0, False
         while job.error is None:
@@ -264,7 +213,7 @@ class ProviderEmbedder:
                 return
             except InputError as error:
                 if len(indices) > 1:
-                    await self._split(job, indices, _History())
+                    await self._split(job, indices, History())
                 elif shorten(job.inputs, indices[0], error.words, self._rules):
                     continue
                 elif await self._works_for_others(job):
@@ -299,7 +248,7 @@ class ProviderEmbedder:
             except GlobalError as error:
                 job.stop(error)
 
-    async def _revive(self, job: _Job) -> None:
+    async def _revive(self, job: Job) -> None:
         """Start the local server again; it may get another address."""
         try:
             self.endpoint = await self._wire.open(await located(self._declared))
@@ -308,7 +257,7 @@ class ProviderEmbedder:
         except EmbedError:
             return  # not up yet; the next try will tell
 
-    async def _split(self, job: _Job, indices: list[int], history: _History) -> None:
+    async def _split(self, job: Job, indices: list[int], history: History) -> None:
         left, right = (self._piece(job, half, replace(history)) for half in halves(indices))
         if self._answered:
             await asyncio.gather(left, right)
@@ -317,7 +266,7 @@ class ProviderEmbedder:
             await left
             await right
 
-    async def _works_for_others(self, job: _Job) -> bool:
+    async def _works_for_others(self, job: Job) -> bool:
         """False, and the call ends, when the endpoint refuses a plain text as well.
 
         Otherwise a wrong parameter would be charged to every row of the table.
@@ -342,7 +291,7 @@ class ProviderEmbedder:
             return False
         return job.error is None
 
-    async def _answers_plain_text(self, job: _Job) -> bool:
+    async def _answers_plain_text(self, job: Job) -> bool:
         """Whether the endpoint works at the moment, for a text that cannot be at fault."""
         try:
             return await self._request(job, [PROBE_TEXT], 1) is not None
@@ -352,13 +301,13 @@ class ProviderEmbedder:
         except (TransientError, InputError):
             return False
 
-    async def _send(self, job: _Job, indices: list[int], *, again: bool) -> Answer | None:
+    async def _send(self, job: Job, indices: list[int], *, again: bool) -> Answer | None:
         tokens = sum(job.inputs.weights[index].tokens for index in indices)
         texts = [job.inputs.texts[index] for index in indices]
         return await self._request(job, texts, tokens, again=again)
 
     async def _request(
-        self, job: _Job, texts: list[str], tokens: int, *, again: bool = False
+        self, job: Job, texts: list[str], tokens: int, *, again: bool = False
     ) -> Answer | None:
         """One request, when there is a place and budget for it; None: the call has ended."""
         sent = await self._enter(job, tokens)
@@ -398,14 +347,14 @@ class ProviderEmbedder:
         )
         return answer
 
-    def _perhaps_billed(self, job: _Job, texts: list[str], error: EmbedError | None) -> None:
+    def _perhaps_billed(self, job: Job, texts: list[str], error: EmbedError | None) -> None:
         if job.may_repeat is None:
             return
         most = sum(min(self.counter.upper_bound(text), self._longest) for text in texts)
         if not job.may_repeat(most) and error is not None:
             job.stop(error)
 
-    async def _enter(self, job: _Job, tokens: int) -> Sent | None:
+    async def _enter(self, job: Job, tokens: int) -> Sent | None:
         drawn = entered = False
 
         async def permission() -> None:
@@ -426,7 +375,7 @@ class ProviderEmbedder:
                     self._budget.release(tokens, 0)
 
     async def _until_shortly_after_the_end(
-        self, job: _Job, sending: Coroutine[None, None, Answer]
+        self, job: Job, sending: Coroutine[None, None, Answer]
     ) -> Answer | None:
         """The answer; when the call ends meanwhile, what is on its way has a moment to arrive."""
         task = asyncio.ensure_future(sending)
@@ -438,7 +387,7 @@ class ProviderEmbedder:
         finally:
             task.cancel()
 
-    def _backoff(self, history: _History, error: TransientError) -> float:
+    def _backoff(self, history: History, error: TransientError) -> float:
         """Seconds to wait before the next try; raises when the time for retrying is used up.
 
         The time counts from the first failure since the endpoint's last answer, whatever text it
