@@ -32,7 +32,7 @@ class NightFacts:
     unfinished: int = 0
     """Of the night's runs."""
     failed: int = 0
-    """Runs of the latest round that failed."""
+    """Runs of the latest round that failed, or that somebody cancelled."""
 
 
 @dataclass(frozen=True)

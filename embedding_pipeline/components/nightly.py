@@ -42,7 +42,7 @@ NIGHT_TAG = f"{names.OWNED}/night"
 """On every run of a night: when the schedule started it."""
 ROUND_TAG = f"{names.OWNED}/nightly"
 """What a run of a night is for: `embedding 1`, `embedding 2`, …, `checks`."""
-CHECKS = "checks"
+EMBEDDING, CHECKS = "embedding", "checks"
 
 
 def nightly_definitions(tables: Sequence[TableSpec]) -> dg.Definitions:
@@ -171,48 +171,56 @@ def _step(instance: dg.DagsterInstance, table: TableSpec, night: Night) -> _Step
     says why, which an exception here would do for all tables at once.
     """
     log = list(fail_dead_runs(instance, table))
-    environment = load_settings().embedding_pipeline_environment
+    errors: list[str] = []
+    try:
+        facts = _facts(instance, table, night, log, errors)
+    except (PipelineError, psycopg.Error) as error:
+        return _close(table, night, str(error).strip(), log)
+    step = decide_night(facts)
+    if step.what == "wait":
+        return _Step([], f"waiting: {step.reason}", log)
+    if step.what == "embed":
+        what = f"{EMBEDDING} {facts.rounds + 1}"
+        requests = [
+            _tagged(run_request(table, request), table, night, what, part)
+            for part, request in enumerate(step.requests)
+        ]
+        return _Step(requests, f"{what}: {step.reason}", log)
+    return _close(table, night, "; ".join([step.reason, *errors]), log, run=step.what == "check")
+
+
+def _facts(
+    instance: dg.DagsterInstance, table: TableSpec, night: Night, log: list[str], errors: list[str]
+) -> NightFacts:
+    """What is known of a table's night; PipelineError where the table cannot be looked at."""
+    with connect() as connection:
+        columns, order = table_facts(connection, instance, table, log, errors)
+        whole = pause_of(pauses(connection, bind_columns(connection, table)[0].facts), "")
+    runs = _runs_of(instance, table, night)
+    latest = max(runs, default=0)
+    return NightFacts(
+        columns,
+        order,
+        table.rows_per_run,
+        night.age_seconds,
+        str(whole) if whole else None,
+        rounds=latest,
+        unfinished=sum(not run.is_finished for found in runs.values() for run in found),
+        failed=sum(run.is_finished and not run.is_success for run in runs.get(latest, [])),
+    )
+
+
+def _close(
+    table: TableSpec, night: Night, reason: str, log: list[str], *, run: bool = True
+) -> _Step:
+    """The end of a table's night, with its closing run where it gets one."""
     try:
         with connect() as connection:
-            errors: list[str] = []
-            facts, order = table_facts(connection, instance, table, log, errors)
-            whole = pause_of(pauses(connection, bind_columns(connection, table)[0].facts), "")
-            runs = _runs_of(instance, table, night)
-            step = decide_night(
-                NightFacts(
-                    facts,
-                    order,
-                    table.rows_per_run,
-                    night.age_seconds,
-                    str(whole) if whole else None,
-                    rounds=max(runs, default=0),
-                    unfinished=sum(not run.is_finished for found in runs.values() for run in found),
-                    failed=sum(
-                        run.status is dg.DagsterRunStatus.FAILURE
-                        for run in runs.get(max(runs, default=0), [])
-                    ),
-                )
-            )
-            if step.what == "wait":
-                return _Step([], f"waiting: {step.reason}", log)
-            if step.what == "embed":
-                round_ = max(runs, default=0) + 1
-                requests = [
-                    _tagged(run_request(table, request), table, night, f"embedding {round_}", part)
-                    for part, request in enumerate(step.requests)
-                ]
-                return _Step(requests, f"embedding, round {round_}: {step.reason}", log)
-            reason = "; ".join([step.reason, *errors])
+            environment = load_settings().embedding_pipeline_environment
             close_night(connection, environment, night, reason)
-    except (PipelineError, psycopg.Error) as error:
-        reason = str(error).strip()
-        try:
-            with connect() as connection:
-                close_night(connection, environment, night, reason)
-        except (PipelineError, psycopg.Error):
-            return _Step([], f"not known what is pending: {reason}", log)
-        return _Step([_tagged(quality_request(table), table, night, CHECKS)], reason, log)
-    if step.what == "skip":
+    except (PipelineError, psycopg.Error):
+        return _Step([], f"not known what is pending: {reason}", log)  # the next tick tries again
+    if not run:
         return _Step([], f"left alone: {reason}", log)
     request = _tagged(quality_request(table), table, night, CHECKS)
     return _Step([request], f"indexes, golden set and checks: {reason}", log)
@@ -227,7 +235,7 @@ def _runs_of(
         dg.RunsFilter(tags={names.TABLE_TAG: table.asset_name, NIGHT_TAG: night.name}), limit=1000
     ):
         what, _, number = run.tags.get(ROUND_TAG, "").partition(" ")
-        if what == "embedding":
+        if what == EMBEDDING:
             rounds[int(number)].append(run)
     return dict(rounds)
 

@@ -331,3 +331,11 @@ def test_embedding_columns_of_a_table_share_a_run_where_they_have_few_rows(
     requests, _ = project.start_schedule("nightly", TWO)
     assert len(requests) == 1
     assert len(requests[0].asset_selection or []) == 2
+
+
+def test_a_run_that_somebody_cancels_is_not_asked_for_again(project: DagsterProject) -> None:
+    requests, _ = project.start_schedule("nightly", TWO)
+    run = project.instance.create_run_for_job(project.job, tags=dict(requests[0].tags))
+    assert ("docs", "embedding 1") not in map(what, follow(project)), "it is under way"
+    project.instance.report_run_canceled(run)
+    assert ("docs", "checks") in map(what, follow(project))
