@@ -90,7 +90,7 @@ def table_sensor(file: TableFile) -> dg.SensorDefinition:
         minimum_interval_seconds=INTERVAL_SECONDS,
         default_status=default_sensor_status(),
         description=(
-            f"Embeds new and changed rows of `{table.table}` within seconds of their commit. Each "
+            f"Embeds new and changed rows of {table.table} within seconds of their commit. Each "
             "tick counts pending rows by partition (at a cost of what is pending), requests runs "
             "for partitions that nobody works on, takes over from runs that died, and evaluates "
             "the table when all its columns are complete. What is paused or has reached its daily "
