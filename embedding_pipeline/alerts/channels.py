@@ -76,31 +76,31 @@ def _is_host_or_word(part: str) -> bool:
     return bool(re.fullmatch(r"[0-9.]+|localhost|json|xml|form|slack|discord|mailto|mailtos", part))
 
 
-class _Complaints(logging.Handler):
-    """What apprise says in this thread while a message is sent.
+class _Complaints(logging.Filter):
+    """What apprise says in this thread while a message is sent; nobody else gets to see it.
 
-    Debug lines hold whole addresses: from the first message on there are none.
+    Its words, and urllib3's, may hold whole addresses.
     """
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
         self.lines: list[str] = []
         self._thread = threading.get_ident()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.thread == self._thread:
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.thread != self._thread:
+            return True  # another channel's, whose own filter takes it
+        if record.levelno >= logging.WARNING:
             self.lines.append(record.getMessage())
+        return False
 
     def __enter__(self) -> "_Complaints":
-        logger = logging.getLogger("apprise")
-        for talkative in (logger, logging.getLogger("urllib3")):
-            talkative.setLevel(logging.WARNING)
-        logger.propagate = False
-        logger.addHandler(self)
+        logging.getLogger("urllib3").setLevel(logging.WARNING)
+        logging.getLogger("apprise").addFilter(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        logging.getLogger("apprise").removeHandler(self)
+        logging.getLogger("apprise").removeFilter(self)
 
 
 def _instantiate(url: str) -> Any:

@@ -71,12 +71,12 @@ class Broken:
     openai: FaultServer
     breakages: list[Breakage] = field(default_factory=list)
 
-    def breaks(self, what: str, title: str, how: Callable[[], object]) -> Breakage:
-        """Break it now; the clock starts when it is broken."""
+    def breaks(
+        self, what: str, title: str, how: Callable[[], object], since: float | None = None
+    ) -> None:
+        """Break it now; the clock starts when that begins (or has started, `since`)."""
+        self.breakages.append(Breakage(what, title, since or time.monotonic()))
         how()
-        breakage = Breakage(what, title, time.monotonic())
-        self.breakages.append(breakage)
-        return breakage
 
     def mend(self, title: str, how: Callable[[], object]) -> None:
         """Mend it now; the clock starts when that begins."""
@@ -253,6 +253,7 @@ def test_everything_breaks_and_is_told_once(broken: Broken, tmp_path: Path) -> N
     )
     project.sql("DELETE FROM kiwis WHERE id < 12")
     golden.write_text(whole + '\n{"query": ')
+    looked = time.monotonic()
     broken.look("limes", "dates", "kiwis")
     broken.look("grapes")
     for what, title in (
@@ -261,7 +262,7 @@ def test_everything_breaks_and_is_told_once(broken: Broken, tmp_path: Path) -> N
         ("most golden rows deleted", "check kiwis.embedding_8: golden_mrr"),
         ("a golden set file broken", "run grapes: indexes, evaluation"),
     ):
-        broken.breaks(f"{what} (seconds from the check's run)", title, lambda: None)
+        broken.breaks(f"{what} (from the start of the check's run)", title, lambda: None, looked)
     broken.heard("ALERT")
 
     # ---- mended ------------------------------------------------------------------------------
@@ -280,7 +281,6 @@ def test_everything_breaks_and_is_told_once(broken: Broken, tmp_path: Path) -> N
     project.sql("UPDATE limes SET embedding_8 = NULL WHERE id = 3")
     project.sql("UPDATE dates SET embedding_8 = NULL")
     project.sql("INSERT INTO kiwis SELECT n, 'kiwis number ' || n FROM generate_series(1, 11) AS n")
-    broken.look("figs", "peaches", "limes", "dates", "kiwis", "grapes")
     for title in (
         "check figs.embedding_8: index_recall",
         "check peaches.embedding_8: index_recall",
@@ -290,6 +290,7 @@ def test_everything_breaks_and_is_told_once(broken: Broken, tmp_path: Path) -> N
         "run grapes: indexes, evaluation",
     ):
         broken.mend(title, lambda: None)
+    broken.look("figs", "peaches", "limes", "dates", "kiwis", "grapes")
     broken.heard("RECOVERED")
 
     # ---- providers and money -----------------------------------------------------------------
