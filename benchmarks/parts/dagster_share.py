@@ -110,7 +110,8 @@ def imports(lab: Lab, sizes: Sizes) -> list[Table]:
 def ten_rows(lab: Lab, sizes: Sizes) -> list[Table]:
     """Ten changed rows as a Dagster run: inside a process, and as a process of its own."""
     spec = table_spec(1536)
-    found: dict[str, list[float]] = {"core": [], "inside": [], "process": []}
+    whats = ("core", "inside", "process")
+    found: dict[str, list[float]] = {name: [] for what in whats for name in (what, f"{what}_cpu")}
     name = f"pending-{TEN}-bigint-embedding_1536"
     for _ in range(sizes.rounds):
         with (
@@ -129,6 +130,7 @@ def ten_rows(lab: Lab, sizes: Sizes) -> list[Table]:
         {
             "ten changed rows": words,
             "seconds": middle(found[what]),
+            "client CPU-s": middle(found[f"{what}_cpu"]),
             "ratio": times(middle(a / b for a, b in zip(found[what], found["core"], strict=True))),
         }
         for what, words in (
