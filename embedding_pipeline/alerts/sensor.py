@@ -21,7 +21,7 @@ def alert_sensor(tables: Sequence[TableSpec]) -> dg.SensorDefinition:
             "when it is over: failed checks, failed and killed runs, sensors and schedules that "
             "stopped, providers that are down, cost caps, quarantine. Every half minute it looks "
             "at the present state; a tick says what it found. A tick fails when an alert could not "
-            "be delivered: it is sent again later. `embedding-pipeline alert-test` sends a test."
+            "be delivered: it is sent again later. “embedding-pipeline alert-test” sends a test."
         ),
     )
     def alerts(context: dg.SensorEvaluationContext) -> dg.SkipReason:

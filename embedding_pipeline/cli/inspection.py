@@ -1,14 +1,20 @@
 """`status` and `evaluate`: the commands that look."""
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from embedding_pipeline.cli.options import ERROR, columns_option, declared_tables, tables_option
 from embedding_pipeline.cli.output import print_rows
 from embedding_pipeline.errors import IdentityError, PipelineError
+
+if TYPE_CHECKING:
+    import psycopg
+
+    from embedding_pipeline.spec_files import TableFile
+    from embedding_pipeline.store.column import Column
 
 
 @click.command()
@@ -24,9 +30,7 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
     """
     from embedding_pipeline.alerts.status import incidents_of, status_lines
     from embedding_pipeline.cli.brakes import Brakes
-    from embedding_pipeline.columns import select
     from embedding_pipeline.settings import load_settings
-    from embedding_pipeline.store.catalogue import bind_columns
     from embedding_pipeline.store.connection import connect
     from embedding_pipeline.store.endpoint_state import read_state
     from embedding_pipeline.store.pending import coverage
@@ -34,22 +38,14 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
     from embedding_pipeline.store.results import spent
 
     rows: list[dict[str, Any]] = []
-    problems = []
+    problems: list[str] = []
     queries = []
     environment = load_settings().embedding_pipeline_environment
     with connect() as connection:
         brakes = Brakes(connection)
-        for file, embeddings in select(declared_tables(), tables, columns):
-            wanted = {embedding.column for embedding in embeddings}
-            try:
-                bound = bind_columns(connection, file.spec)
-            except PipelineError as error:
-                problems.append(str(error))
-                continue
+        for file, bound in _bound(connection, tables, columns, problems):
             before = len(rows)
             for column in bound:
-                if column.embedding.column not in wanted:
-                    continue
                 try:
                     verify(connection, column, environment)
                 except IdentityError as error:
@@ -85,7 +81,8 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
     print_rows(rows, as_json)
     for line in [] if as_json else [*brakes.lines(), *queries, *alerts]:
         click.echo(line)
-    for line in problems:
+    # what is wrong with the whole database is wrong with every column
+    for line in dict.fromkeys(problems):
         click.echo(f"error: {line}", err=True)
     if problems:
         sys.exit(ERROR)
@@ -97,28 +94,18 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
 @click.option("--json", "as_json", is_flag=True, help="A list of objects, one a column.")
 def evaluate(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None:
     """Evaluate the golden sets now and record the result. Query vectors are cached."""
-    from embedding_pipeline.columns import select
     from embedding_pipeline.components.quality import evaluate_one, golden_set
-    from embedding_pipeline.store.catalogue import bind_columns
     from embedding_pipeline.store.connection import connect
 
     rows = []
-    problems = []
+    problems: list[str] = []
     with connect() as connection:
-        for file, embeddings in select(declared_tables(), tables, columns):
+        for file, bound in _bound(connection, tables, columns, problems):
             golden = golden_set(file)
             if golden is None:
                 problems.append(f"{file.spec.table}: its YAML names no golden set")
                 continue
-            wanted = {embedding.column for embedding in embeddings}
-            try:
-                bound = bind_columns(connection, file.spec)
-            except PipelineError as error:
-                problems.append(str(error))
-                continue
             for column in bound:
-                if column.embedding.column not in wanted:
-                    continue
                 try:
                     result = evaluate_one(connection, column, golden, None)
                 except PipelineError as error:
@@ -138,7 +125,27 @@ def evaluate(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> No
                     }
                 )
     print_rows(rows, as_json)
-    for line in problems:
+    # what is wrong with the whole database is wrong with every column
+    for line in dict.fromkeys(problems):
         click.echo(f"error: {line}", err=True)
     if problems:
         sys.exit(ERROR)
+
+
+def _bound(
+    connection: "psycopg.Connection[Any]",
+    tables: Sequence[str],
+    columns: Sequence[str],
+    problems: list[str],
+) -> "Iterator[tuple[TableFile, list[Column]]]":
+    """The columns that were asked for, table by table; what keeps a table out joins `problems`."""
+    from embedding_pipeline.columns import select
+    from embedding_pipeline.store.catalogue import bind_columns
+
+    for file, embeddings in select(declared_tables(), tables, columns):
+        try:
+            bound = bind_columns(connection, file.spec)
+        except PipelineError as error:
+            problems.append(str(error))
+            continue
+        yield file, [column for column in bound if column.embedding in embeddings]

@@ -73,7 +73,7 @@ def schedule_name(at: str, zone: str, usual: tuple[str, str]) -> str:
 
 
 def _schedule(name: str, at: str, zone: str, tables: Sequence[TableSpec]) -> dg.ScheduleDefinition:
-    listed = ", ".join(f"`{table.table}`" for table in tables)
+    listed = ", ".join(table.table for table in tables)
 
     @dg.schedule(
         name=name,
@@ -86,7 +86,7 @@ def _schedule(name: str, at: str, zone: str, tables: Sequence[TableSpec]) -> dg.
         description=(
             f"Every night at {at} ({zone}), for {listed}: embeds whatever is pending, in one run "
             "a table where it is not too much for one, then maintains the indexes, evaluates the "
-            f"golden set and runs the full-scan checks. The sensor `{FOLLOW_UP}` sees each night "
+            f"golden set and runs the full-scan checks. The sensor {FOLLOW_UP} sees each night "
             "through. One table's failure does not stop the others; what is paused is left alone."
         ),
     )

@@ -107,7 +107,6 @@ def test_a_second_run_embeds_nothing_and_sends_nothing(project: Project) -> None
         assert f"{name}: nothing pending" in done.out
         assert (row[4], row[9]) == ("0", "4/4"), name
     print(f"second run: {done.seconds:.1f} s")
-    assert done.seconds < 60
 
 
 def test_the_ui_shows_every_run_and_check(first_run: FirstRun) -> None:
