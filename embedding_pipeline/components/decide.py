@@ -205,19 +205,46 @@ def ranges(
     ]
 
 
-def wants_evaluation(
-    *,
-    settled: bool,
-    changed: bool,
-    seconds_since_evaluated: float | None,
-    seconds_since_requested: float | None,
-) -> bool:
-    """Whether to evaluate a table now: all its columns at zero pending, and written since.
+@dataclass(frozen=True)
+class EvaluationFacts:
+    """What is known of one column's evaluations; times in seconds."""
 
-    The first evaluation comes at once, later ones at most every `QUALITY_EVERY_SECONDS`.
+    changed: bool
+    """Something was written since the latest one, or there was none."""
+    since_evaluated: float | None = None
+    pending_for: float | None = None
+    """None while nothing is pending."""
+
+
+def due_for_evaluation(
+    columns: Sequence[ColumnFacts],
+    evaluations: Mapping[str, EvaluationFacts],
+    seconds_since_requested: float | None,
+) -> list[str]:
+    """The columns whose index, evaluation and full scans are due: complete, and written since.
+
+    The first evaluation comes at once, later ones at most every `QUALITY_EVERY_SECONDS`. A column
+    that is being filled is waited for so long, because both are best compared in one evaluation;
+    one that stands still (stopped, paused, backing off) holds nobody up.
     """
-    if not (settled and changed):
-        return False
     if seconds_since_requested is not None and seconds_since_requested < QUALITY_EVERY_SECONDS:
-        return False
-    return seconds_since_evaluated is None or seconds_since_evaluated >= QUALITY_EVERY_SECONDS
+        return []
+    due = []
+    for facts in columns:
+        known = evaluations.get(facts.column)
+        if known is None or facts.problem is not None or facts.held is not None:
+            continue
+        if facts.pending:
+            if _is_worked_on(facts) and (known.pending_for or 0.0) < QUALITY_EVERY_SECONDS:
+                return []
+        elif known.changed and (
+            known.since_evaluated is None or known.since_evaluated >= QUALITY_EVERY_SECONDS
+        ):
+            due.append(facts.column)
+    return due
+
+
+def _is_worked_on(facts: ColumnFacts) -> bool:
+    return any(lease.live for lease in facts.leases.values()) or any(
+        run.alive or run.age_seconds < STARTING_SECONDS for run in facts.in_flight
+    )

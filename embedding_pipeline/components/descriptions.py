@@ -73,7 +73,7 @@ def quality_description(table: TableSpec) -> str:
         "questions whose first row is right, p95 the time within which 95 % of searches ended. "
         "*Plots* shows each over time.\n\n"
         "**Materialising** costs nothing twice: the vectors of the questions are kept. The "
-        "table's sensor asks for it when all columns are complete."
+        "table's sensor asks for it when a column is complete and none is being filled."
     )
 
 

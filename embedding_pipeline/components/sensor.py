@@ -7,7 +7,7 @@ failed here, and its partitions go on.
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +18,12 @@ from embedding_pipeline.brakes import held_back
 from embedding_pipeline.components import names
 from embedding_pipeline.components.decide import (
     ColumnFacts,
+    EvaluationFacts,
     Request,
     RunInFlight,
     dead_leases,
     decide,
-    wants_evaluation,
+    due_for_evaluation,
 )
 from embedding_pipeline.components.processes import fail_dead_runs
 from embedding_pipeline.errors import PipelineError
@@ -93,7 +94,7 @@ def table_sensor(file: TableFile) -> dg.SensorDefinition:
             f"Embeds new and changed rows of {table.table} within seconds of their commit. Each "
             "tick counts pending rows by partition (at a cost of what is pending), requests runs "
             "for partitions that nobody works on, takes over from runs that died, and evaluates "
-            "the table when all its columns are complete. What is paused or has reached its daily "
+            "what is complete once nothing is being filled. What is paused or has reached its daily "
             "cost cap is left alone. A tick that requests nothing says why."
         ),
     )
@@ -131,9 +132,9 @@ def _tick(instance: dg.DagsterInstance, table: TableSpec) -> _Tick:
             decision = decide(facts, order, table.rows_per_run)
             requests = [run_request(table, request) for request in decision.requests]
             reasons = decision.reasons
-            if not requests and _wants_evaluation(connection, instance, table, facts):
-                requests = [quality_request(table)]
-                reasons = [*reasons, "all columns complete: evaluating"]
+            if not requests and (due := _due_for_evaluation(connection, instance, table, facts)):
+                requests = [quality_request(table, due)]
+                reasons = [*reasons, f"complete, evaluating: {', '.join(due)}"]
     except (PipelineError, psycopg.Error) as error:
         _bindings.pop(table.table, None)
         return _Tick([], [], [str(error).strip()], log)
@@ -273,29 +274,32 @@ def quality_checks(table: TableSpec, embedding: EmbeddingSpec) -> list[dg.AssetC
     ]
 
 
-def quality_request(table: TableSpec) -> dg.RunRequest:
+def quality_request(table: TableSpec, columns: Sequence[str] | None = None) -> dg.RunRequest:
+    """A run of indexes, evaluation and full-scan checks, of some columns or of all."""
+    chosen = [each for each in table.embeddings if columns is None or each.column in columns]
     return dg.RunRequest(
         asset_selection=[
-            *(names.index_key(table, embedding) for embedding in table.embeddings),
+            *(names.index_key(table, embedding) for embedding in chosen),
             names.quality_key(table),
         ],
         asset_check_keys=[
-            check for embedding in table.embeddings for check in quality_checks(table, embedding)
+            check for embedding in chosen for check in quality_checks(table, embedding)
         ],
         tags={names.TABLE_TAG: table.asset_name, QUALITY_TAG: "evaluate"},
     )
 
 
-def _wants_evaluation(
+def _due_for_evaluation(
     connection: "psycopg.Connection[Any]",
     instance: dg.DagsterInstance,
     table: TableSpec,
     facts: list[ColumnFacts],
-) -> bool:
+) -> list[str]:
     columns = _bound(connection, table)
-    row = connection.execute(
-        "SELECT bool_or(written_at IS NOT NULL AND written_at > coalesce(evaluated_at,"
-        " '-infinity')), extract(epoch FROM now() - max(evaluated_at))::float8"
+    rows = connection.execute(
+        "SELECT column_name, coalesce(written_at > coalesce(evaluated_at, '-infinity'), false),"
+        " extract(epoch FROM now() - evaluated_at)::float8,"
+        " extract(epoch FROM now() - pending_since)::float8"
         " FROM embedding_pipeline.embedding_column"
         " WHERE table_schema = $1 AND table_name = $2 AND column_name = ANY($3)",
         [
@@ -303,19 +307,12 @@ def _wants_evaluation(
             columns[0].facts.name,
             [column.embedding.column for column in columns],
         ],
-    ).fetchone()
-    changed, since = row if row else (False, None)
-    if not changed:
-        return False
+    ).fetchall()
+    known = {column: EvaluationFacts(*values) for column, *values in rows}
+    if not any(each.changed for each in known.values()):
+        return []
     latest = instance.get_run_records(
         dg.RunsFilter(tags={names.TABLE_TAG: table.asset_name, QUALITY_TAG: "evaluate"}), limit=1
     )
     requested = time.time() - latest[0].create_timestamp.timestamp() if latest else None
-    return wants_evaluation(
-        settled=all(
-            not item.pending and item.problem is None and item.held is None for item in facts
-        ),
-        changed=bool(changed),
-        seconds_since_evaluated=since,
-        seconds_since_requested=requested,
-    )
+    return due_for_evaluation(facts, known, requested)

@@ -15,12 +15,13 @@ from embedding_pipeline.components.decide import (
     STARTING_SECONDS,
     ColumnFacts,
     Decision,
+    EvaluationFacts,
     Request,
     RunInFlight,
     dead_leases,
     decide,
+    due_for_evaluation,
     ranges,
-    wants_evaluation,
 )
 from embedding_pipeline.store.lease import LeaseRow
 
@@ -53,6 +54,10 @@ def lease(
 
 def facts(column: str = "e", **pending: int) -> ColumnFacts:
     return ColumnFacts(column, pending)
+
+
+def run(*partitions: str, age: float = 10.0, alive: bool = False) -> RunInFlight:
+    return RunInFlight("run-one", frozenset(partitions), age, alive)
 
 
 def is_free(item: ColumnFacts, partition: str) -> bool:
@@ -335,40 +340,77 @@ def test_dead_leases_are_those_that_lapsed() -> None:
     assert [partition for partition, _ in dead_leases(item)] == ["a", "b"]
 
 
+NEVER = EvaluationFacts(changed=True)
+"""Written, and never evaluated."""
+
+
 @pytest.mark.parametrize(
-    ("settled", "changed", "evaluated", "asked", "wanted"),
+    ("known", "asked", "wanted"),
     [
         # the first evaluation comes at once
-        (True, True, None, None, True),
-        # not while rows are pending, nor when nothing was written since
-        (False, True, None, None, False),
-        (True, False, None, None, False),
-        (False, False, None, None, False),
+        (NEVER, None, True),
+        # not when nothing was written since
+        (EvaluationFacts(changed=False), None, False),
+        (EvaluationFacts(changed=False, since_evaluated=QUALITY_EVERY_SECONDS), None, False),
         # later ones at most every ten minutes
-        (True, True, 0.0, None, False),
-        (True, True, QUALITY_EVERY_SECONDS - 1, None, False),
-        (True, True, QUALITY_EVERY_SECONDS, None, True),
-        (True, False, QUALITY_EVERY_SECONDS, None, False),
+        (EvaluationFacts(changed=True, since_evaluated=0.0), None, False),
+        (EvaluationFacts(changed=True, since_evaluated=QUALITY_EVERY_SECONDS - 1), None, False),
+        (EvaluationFacts(changed=True, since_evaluated=QUALITY_EVERY_SECONDS), None, True),
         # one that was asked for and has not finished, or failed, counts too
-        (True, True, None, 0.0, False),
-        (True, True, None, QUALITY_EVERY_SECONDS - 1, False),
-        (True, True, None, QUALITY_EVERY_SECONDS, True),
-        (True, True, QUALITY_EVERY_SECONDS, 10.0, False),
-        (True, True, 10.0, QUALITY_EVERY_SECONDS, False),
+        (NEVER, 0.0, False),
+        (NEVER, QUALITY_EVERY_SECONDS - 1, False),
+        (NEVER, QUALITY_EVERY_SECONDS, True),
     ],
 )
-def test_when_a_table_is_evaluated(
-    settled: bool, changed: bool, evaluated: float | None, asked: float | None, wanted: bool
+def test_when_a_complete_column_is_evaluated(
+    known: EvaluationFacts, asked: float | None, wanted: bool
 ) -> None:
-    assert (
-        wants_evaluation(
-            settled=settled,
-            changed=changed,
-            seconds_since_evaluated=evaluated,
-            seconds_since_requested=asked,
-        )
-        is wanted
-    )
+    assert due_for_evaluation([facts()], {"e": known}, asked) == ["e"] * wanted
+
+
+@pytest.mark.parametrize(
+    ("other", "pending_for", "due"),
+    [
+        # a column that is being filled, or will be in a moment, is waited for …
+        (replace(facts("b", p01=1), leases={"p01": lease("p01")}), 5.0, []),
+        (replace(facts("b", p01=1), in_flight=[run("p01", age=1.0)]), 5.0, []),
+        (replace(facts("b", p01=1), in_flight=[run("p01", age=9e9, alive=True)]), 5.0, []),
+        # … for ten minutes
+        (
+            replace(facts("b", p01=1), leases={"p01": lease("p01")}),
+            QUALITY_EVERY_SECONDS,
+            ["a"],
+        ),
+        # one that stands still holds nobody up
+        (facts("b", p01=1), 5.0, ["a"]),
+        (replace(facts("b", p01=1), in_flight=[run("p01", age=9e9)]), 5.0, ["a"]),
+        (
+            replace(facts("b", p01=1), leases={"p01": lease("p01", state="released", waiting=9.0)}),
+            5.0,
+            ["a"],
+        ),
+        (replace(facts("b"), problem="another model"), None, ["a"]),
+        (replace(facts("b", p01=1), held="paused"), 5.0, ["a"]),
+        # nor is a paused column evaluated, though it is complete
+        (replace(facts("b"), held="paused"), None, ["a"]),
+        # both are complete: one evaluation compares them
+        (facts("b"), None, ["a", "b"]),
+    ],
+)
+def test_a_complete_column_does_not_wait_for_one_that_stands_still(
+    other: ColumnFacts, pending_for: float | None, due: list[str]
+) -> None:
+    known = {"a": NEVER, "b": replace(NEVER, pending_for=pending_for)}
+    assert due_for_evaluation([facts("a"), other], known, None) == due
+
+
+def test_what_was_not_written_is_not_evaluated_with_its_neighbour() -> None:
+    known = {"a": NEVER, "b": EvaluationFacts(changed=False, since_evaluated=9e9)}
+    assert due_for_evaluation([facts("a"), facts("b")], known, None) == ["a"]
+
+
+def test_a_column_that_is_not_registered_is_not_evaluated() -> None:
+    assert due_for_evaluation([facts("a")], {}, None) == []
 
 
 # ---- brakes -----------------------------------------------------------------------------------
