@@ -94,8 +94,8 @@ def table_sensor(file: TableFile) -> dg.SensorDefinition:
             f"Embeds new and changed rows of {table.table} within seconds of their commit. Each "
             "tick counts pending rows by partition (at a cost of what is pending), requests runs "
             "for partitions that nobody works on, takes over from runs that died, and evaluates "
-            "what is complete once nothing is being filled. What is paused or has reached its daily "
-            "cost cap is left alone. A tick that requests nothing says why."
+            "what is complete once nothing is being filled. What is paused or has reached its "
+            "daily cost cap is left alone. A tick that requests nothing says why."
         ),
     )
     def sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
