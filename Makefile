@@ -38,8 +38,9 @@ test: $(READY) ## Every test
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup \
 		$(addprefix --ignore ,$(PROJECTS)) $(PYTEST_ARGS) \
 		|| $(BIN)/python -m pytest $(addprefix --ignore ,$(PROJECTS)) $(AGAIN)
-	@# whole projects, each with servers of its own: one at a time
-	@$(BIN)/python -m pytest $(PROJECTS) $(PYTEST_ARGS) || $(BIN)/python -m pytest $(PROJECTS) $(AGAIN)
+	@# whole projects, each with servers of its own: two at a time, for they mostly wait
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PROJECTS) $(PYTEST_ARGS) \
+		|| $(BIN)/python -m pytest $(PROJECTS) $(AGAIN)
 
 bench: $(READY) ## Measure: every part of benchmarks/ against the floors of the same run (BENCH_ARGS=--quick)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -34,7 +34,7 @@ class Memory:
 
     def vector(self, fingerprint: UUID) -> tuple[Vector, str] | None:
         """A text's vector, if it is at hand, and what a row counts as that is given it."""
-        if (locked := self.locked.get(fingerprint)) is not None:
+        if self.locked and (locked := self.locked.get(fingerprint)) is not None:
             return locked
         if (vector := self.recent.get(fingerprint)) is None:
             return None
@@ -63,7 +63,7 @@ class Memory:
 
     def written(self, fingerprint: UUID, key: tuple[str, ...]) -> None:
         """A row has this vector now: it can be recalled from there."""
-        if (locked := self.locked.pop(fingerprint, None)) is not None:
+        if self.locked and (locked := self.locked.pop(fingerprint, None)) is not None:
             self.keep(fingerprint, locked[0])
         self._places[fingerprint.int] = key
         if len(self._places) > REMEMBERED_PLACES:

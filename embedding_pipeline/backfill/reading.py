@@ -92,8 +92,11 @@ class Reader:
                 break
             found = True
             position = page[-1].position
-            self._size_pages(page)
-            full = len(page) == most or _bytes(page) >= PAGE_BYTES
+            size = _bytes(page)
+            # about as many rows as a page may have bytes, so that none are read in vain
+            fitting = PAGE_BYTES * len(page) // max(1, size)
+            self.page_rows = max(1, min(self.most_in_page, fitting))
+            full = len(page) == most or size >= PAGE_BYTES
             await self._hand_on(partition, page, await self._recall(connection, page))
             if not full and limit is None:
                 break  # what arrives from now on is the next pass's
@@ -112,11 +115,6 @@ class Reader:
             raise PipelineError(
                 f"{self.column}: partition {partition!r} cannot be read: {str(error).strip()}"
             ) from error
-
-    def _size_pages(self, page: list[PendingRow]) -> None:
-        """Ask for about as many rows as a page may have bytes, so that none are read in vain."""
-        fitting = PAGE_BYTES * len(page) // max(1, _bytes(page))
-        self.page_rows = max(1, min(self.most_in_page, fitting))
 
     async def _recall(
         self, connection: ReconnectingConnection, page: list[PendingRow]
@@ -149,19 +147,21 @@ class Reader:
         if flow.outstanding >= flow.most_outstanding:
             await self.sender.flush()
             await flow.wait_until(lambda: flow.outstanding < flow.most_outstanding)
+        # most rows are in none of these, and a UUID is hashed in Python
+        refused, given_up = memory.refused, memory.given_up
         ready: list[Write] = []
         for row in page:
             fingerprint = row.fingerprint
             if fingerprint is None or row.text is None:
                 ready.append(Write(partition, StagedRow(row.key, None, None), "cleared"))
-            elif (error := memory.refused.get(fingerprint)) is not None:
+            elif refused and (error := refused.get(fingerprint)) is not None:
                 staged = StagedRow(row.key, fingerprint, None)
                 ready.append(Write(partition, staged, "quarantined", error))
-            elif (vector := recalled.get(fingerprint)) is not None:
+            elif recalled and (vector := recalled.get(fingerprint)) is not None:
                 ready.append(Write(partition, StagedRow(row.key, fingerprint, vector), "reused"))
             elif (known := memory.vector(fingerprint)) is not None:
                 ready.append(Write(partition, StagedRow(row.key, fingerprint, known[0]), known[1]))
-            elif fingerprint not in memory.given_up:
+            elif not given_up or fingerprint not in given_up:
                 await self.sender.add(partition, row.key, fingerprint, row.text)
                 continue
             else:

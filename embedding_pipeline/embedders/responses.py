@@ -4,7 +4,6 @@ Status codes: OpenAI's error guide (platform.openai.com/docs/guides/error-codes)
 router (429 Overloaded, 424 Backend, 422 Tokenizer, 413 Validation, 400 Empty, 503 Unhealthy).
 """
 
-import binascii
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import numpy as np
+import pybase64
 from pydantic_core import from_json
 
 from embedding_pipeline.embedders.errors import (
@@ -151,7 +151,8 @@ def decode_base64(endpoint: Endpoint, encoded: object) -> np.ndarray[Any, np.dty
             cause="response",
         )
     try:
-        raw = binascii.a2b_base64(encoded.encode("ascii"), strict_mode=True)
+        # 1 µs for 1536 numbers, where the standard library's strict mode takes 33
+        raw = pybase64.b64decode(encoded, validate=True)
     except ValueError as error:
         raise TransientError(
             f"{endpoint.name} answered with broken base64", cause="response"

@@ -76,7 +76,8 @@ class TokenCounter:
 
     def roughly(self, text: str) -> int:
         """The estimate, whether or not the tokenizer is at hand: costs a microsecond."""
-        return min(self.upper_bound(text), estimated_tokens(text) + self._special)
+        encoded = text.encode("utf-8", "surrogatepass")
+        return min(len(encoded), _estimate(encoded, len(text))) + self._special
 
     def count(self, text: str) -> int:
         """Tokens of the text, special tokens included."""
@@ -128,8 +129,11 @@ def estimated_tokens(text: str) -> int:
     four (emoji). Random letters may have more; what the provider then
     refuses is handled like any refused input.
     """
-    encoded = text.encode("utf-8", "surrogatepass")
-    if len(encoded) == len(text):
+    return _estimate(text.encode("utf-8", "surrogatepass"), len(text))
+
+
+def _estimate(encoded: bytes, characters: int) -> int:
+    if len(encoded) == characters:
         other = len(encoded.translate(None, _PLAIN))
         return -(-(len(encoded) - other) // 3) + other
     ascii_only = encoded.translate(None, _NOT_ASCII)

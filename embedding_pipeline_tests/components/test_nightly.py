@@ -1,5 +1,6 @@
 """The nightly schedule and the sensor that sees its nights through, with real runs."""
 
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -237,6 +238,13 @@ def test_asked_for_twice_a_run_has_one_key(project: DagsterProject) -> None:
 # ---- when -------------------------------------------------------------------------------------
 
 
+def listed(description: str | None) -> set[str]:
+    """The tables that a schedule's description says it is for."""
+    found = re.search(r", for ([^:]+):", description or "")
+    assert found is not None, description
+    return set(found[1].split(", "))
+
+
 def schedules(*tables: TableSpec) -> dict[str, tuple[str, str | None, set[str]]]:
     """Name → cron, time zone, tables."""
     found = nightly_definitions(tables)
@@ -244,7 +252,7 @@ def schedules(*tables: TableSpec) -> dict[str, tuple[str, str | None, set[str]]]
         schedule.name: (
             str(schedule.cron_schedule),
             schedule.execution_timezone,
-            {table.table for table in tables if f"`{table.table}`" in (schedule.description or "")},
+            listed(schedule.description),
         )
         for schedule in found.schedules or []
         if isinstance(schedule, dg.ScheduleDefinition)
@@ -317,9 +325,8 @@ def test_the_shipped_tables_have_their_night() -> None:
     # tables with different partitions, as a code server loads them
     dg.Definitions.validate_loadable(defs())
     repository = defs().get_repository_def()
-    description = repository.get_schedule_def("nightly").description or ""
-    for table in ("bora_docs", "knowledge_chunks", "lexicon", "phrases"):
-        assert f"`{table}`" in description
+    tables = listed(repository.get_schedule_def("nightly").description)
+    assert tables == {"bora_docs", "knowledge_chunks", "lexicon", "phrases"}
     assert repository.has_sensor_def(subject.FOLLOW_UP)
 
 

@@ -25,11 +25,14 @@ class FirstRun:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Real processes on a busy machine take their time, and share one home."""
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.timeout(600))
-            item.add_marker(pytest.mark.xdist_group("e2e"))
+    """Real processes on a busy machine take their time. A file's tests stay in one worker, and so
+    do all files whose tests share the first run's home."""
+    mine = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
+    sharing = {item.path for item in mine if "first_run" in getattr(item, "fixturenames", ())}
+    for item in mine:
+        group = "first_run" if item.path in sharing else item.path.stem
+        item.add_marker(pytest.mark.timeout(600))
+        item.add_marker(pytest.mark.xdist_group(f"e2e-{group}"))
 
 
 @pytest.fixture(scope="session")

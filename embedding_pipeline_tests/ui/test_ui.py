@@ -185,6 +185,21 @@ class TestTheSensor:
         switch.click()
         expect(page.get_by_role("checkbox")).not_to_be_checked()
 
+    @pytest.mark.parametrize(
+        ("path", "words"),
+        [
+            ("sensors/alerts", "Tells the channels of ALERT_URLS what is wrong"),
+            ("sensors/nightly_follow_up", "night"),
+            ("schedules/nightly", "embeds whatever is pending"),
+        ],
+    )
+    def test_what_runs_unattended_says_what_it_does(
+        self, page: Page, complete: Project, path: str, words: str
+    ) -> None:
+        """Alerts about them link to these pages (`alerts/look_at_ticks.py`)."""
+        page.goto(f"/locations/embedding_pipeline/{path}")
+        expect(text(page, words, exact=False)).to_be_visible()
+
     def test_a_paused_table_says_who_when_and_why(self, page: Page, complete: Project) -> None:
         complete.run("pause", "phrases", "--reason", "the glossary is being rewritten")
         try:
