@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install run dev test bench check format lock clean
+.PHONY: help install run dev test soak bench check format lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -34,13 +34,16 @@ dev: $(READY) ## The same parts with the Dagster UI, sensors and schedules on
 AGAIN := --last-failed --last-failed-no-failures none
 PROJECTS := embedding_pipeline_tests/e2e embedding_pipeline_tests/ui
 
-test: $(READY) ## Every test
+test: $(READY) ## Every test but the long ones of `make soak`
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup \
 		$(addprefix --ignore ,$(PROJECTS)) $(PYTEST_ARGS) \
 		|| $(BIN)/python -m pytest $(addprefix --ignore ,$(PROJECTS)) $(AGAIN)
 	@# whole projects, each with servers of its own: two at a time, for they mostly wait
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PROJECTS) $(PYTEST_ARGS) \
-		|| $(BIN)/python -m pytest $(PROJECTS) $(AGAIN)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m "not soak" $(PROJECTS) $(PYTEST_ARGS) \
+		|| $(BIN)/python -m pytest -m "not soak" $(PROJECTS) $(AGAIN)
+
+soak: $(READY) ## A running project broken in fifteen ways, and what its alert channels heard: ten minutes
+	@$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 
 bench: $(READY) ## Measure: every part of benchmarks/ against the floors of the same run (BENCH_ARGS=--quick)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)

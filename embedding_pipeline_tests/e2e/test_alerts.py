@@ -184,7 +184,7 @@ def broken() -> Iterator[Broken]:
         discard(project)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1500)
 def test_everything_breaks_and_is_told_once(broken: Broken, tmp_path: Path) -> None:
     project, tei, openai = broken.project, broken.tei, broken.openai
