@@ -27,6 +27,13 @@ run's rows are read back and compared with the truth; a wrong vector ends the be
 Ratios travel to other machines, seconds do not. benchmarks/README.md has the last table."""
 
 
+def at_least_one(text: str) -> int:
+    """A size or a number of rounds from the command line; of none there is no median."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parts = "\n".join(f"  {name:11} {part.about}" for name, part in PARTS.items())
@@ -39,14 +46,22 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("parts", nargs="*", metavar="PART", help="which parts (default: all)")
     made.add_argument("--quick", action="store_true", help="small sizes: two minutes")
     made.add_argument("--full", action="store_true", help="the sizes of the targets: an hour")
-    made.add_argument("--rounds", type=int, help="alternating rounds (default: 3)")
-    made.add_argument("--rows", type=int, help="rows embedded in a round")
-    made.add_argument("--script-rows", type=int, help="rows for the hand-written script")
-    made.add_argument("--table-rows", type=int, help="rows where nothing, or little, is pending")
-    made.add_argument("--index-rows", type=int, help="rows in the index parts")
-    made.add_argument("--memory-rows", type=int, nargs="+", help="sizes whose memory is compared")
-    made.add_argument("--growth-rows", type=int, nargs="+", help="sizes of the growth part")
-    made.add_argument("--freshness-commits", type=int, help="commits of the freshness part")
+    made.add_argument("--rounds", type=at_least_one, help="alternating rounds (default: 3)")
+    made.add_argument("--rows", type=at_least_one, help="rows embedded in a round")
+    made.add_argument("--script-rows", type=at_least_one, help="rows for the hand-written script")
+    made.add_argument(
+        "--table-rows", type=at_least_one, help="rows where nothing, or little, is pending"
+    )
+    made.add_argument("--index-rows", type=at_least_one, help="rows in the index parts")
+    made.add_argument(
+        "--memory-rows", type=at_least_one, nargs="+", help="sizes whose memory is compared"
+    )
+    made.add_argument(
+        "--growth-rows", type=at_least_one, nargs="+", help="sizes of the growth part"
+    )
+    made.add_argument(
+        "--freshness-commits", type=at_least_one, help="commits of the freshness part"
+    )
     made.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     made.add_argument(
         "--reference-python", type=Path, metavar="PYTHON",

@@ -91,7 +91,8 @@ def check_descriptions(embedding: EmbeddingSpec) -> dict[str, str]:
             f"they have been pending for {embedding.max_pending_minutes:g} minutes; so are "
             f"quarantined rows above {embedding.max_quarantined_share:.1%}.\n\n"
             "**When it fails**: the table's sensor says at each tick why it asked for nothing, "
-            "and the last failed run has the provider's words."
+            "and the last failed run has the provider's words. Then materialise the partitions "
+            "that are left; *embedding-pipeline retry TABLE COLUMN --list* shows refused rows."
         ),
         "vectors_valid": (
             "No vector is all zeros (a cosine index leaves those out silently), and texts that "

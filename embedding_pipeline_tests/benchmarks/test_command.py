@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.parts import PARTS
 from embedding_pipeline.settings import PROJECT_ROOT
 
@@ -32,6 +34,13 @@ def test_a_part_that_does_not_exist_is_refused_with_those_that_do() -> None:
     assert done.returncode == 2
     assert "no part is called speed" in done.stderr
     assert "levers" in done.stderr
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "many"])
+def test_a_size_that_measures_nothing_is_refused(value: str) -> None:
+    done = run("write", "--rounds", value)
+    assert done.returncode == 2
+    assert f"argument --rounds: '{value}' is no whole number from 1 up" in done.stderr
 
 
 def test_one_part_prints_a_markdown_table_and_writes_json(tmp_path: Path) -> None:
