@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -34,6 +35,8 @@ class Bar:
 
     def start(self, total: int) -> None:
         """Show that so many rows are pending."""
+        # what comes at once is that nothing is done yet
+        self._last = time.monotonic()
         if self.console.is_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -50,8 +53,6 @@ class Bar:
             self.console.print(f"{self.title}: {total:,} rows pending")
 
     def update(self, at: Any) -> None:
-        import time
-
         if self._progress is not None:
             eta = f", {at.eta_seconds:.0f} s left" if at.eta_seconds is not None else ""
             self._progress.update(self._task, completed=at.done, rate=f"{at.rate:,.0f} rows/s{eta}")
