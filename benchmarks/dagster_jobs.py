@@ -1,5 +1,6 @@
 """Jobs for `worker.py` that need Dagster: runs and sensor ticks in this process."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -9,8 +10,8 @@ from typing import Any
 
 import psycopg
 
-from benchmarks.jobs import core
-from benchmarks.lab import TABLE
+from benchmarks.jobs import core, warm
+from benchmarks.lab import TABLE, column_of
 from embedding_pipeline.spec import TableSpec
 from embedding_pipeline.store.catalogue import bind_columns
 from embedding_pipeline.store.connection import connect
@@ -93,6 +94,35 @@ def dagster_runs(task: Task) -> Callable[[], Result]:
 def _cpu() -> float:
     """CPU-seconds of this process and of those that it started and that have ended."""
     return sum(os.times()[:4])
+
+
+def bulk_run(task: Task) -> Callable[[], Result]:
+    """Every pending row by one run of all partitions, inside this process."""
+    import dagster as dg
+
+    from embedding_pipeline.definitions import defs
+
+    spec = TableSpec.model_validate(task["spec"])
+    key = dg.AssetKey([spec.asset_name, spec.embeddings[0].column])
+    asyncio.run(warm(task, column_of(task["url"], spec)))
+    instance = dg.DagsterInstance.get()
+    instance.get_runs(limit=1)  # its tables are made here, not by the clock
+    job = defs().get_repository_def().get_implicit_job_def_for_assets([key])
+    keys = static_keys(spec)
+    assert job is not None
+    assert keys is not None
+    tags = {
+        "dagster/asset_partition_range_start": keys[0],
+        "dagster/asset_partition_range_end": keys[-1],
+    }
+
+    def work() -> Result:
+        done = job.get_subset(asset_selection={key}).execute_in_process(
+            instance=instance, tags=tags, asset_selection=[key]
+        )
+        return {"stopped": None if done.success else "the run failed"}
+
+    return work
 
 
 def ticks(task: Task) -> Callable[[], Result]:

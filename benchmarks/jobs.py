@@ -30,7 +30,7 @@ def core(task: Task) -> Callable[[], Result]:
     """The product's core, called directly: every pending row of the column."""
     column = column_of(task["url"], TableSpec.model_validate(task["spec"]))
     partitions = _partitions(task["url"], column)
-    asyncio.run(_warm(task, column))
+    asyncio.run(warm(task, column))
 
     def work() -> Result:
         return asyncio.run(_core(task, column, partitions))
@@ -49,7 +49,7 @@ def _partitions(url: str, column: Column) -> list[str]:
         return list(count_by_partition(connection, column))
 
 
-async def _warm(task: Task, column: Column) -> None:
+async def warm(task: Task, column: Column) -> None:
     """A first request: what it imports and loads, a process pays once and not a row."""
     embedding = column.embedding
     embedder = create_embedder(_endpoint(task), embedding.model, embedding.dimensions)

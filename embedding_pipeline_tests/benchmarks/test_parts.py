@@ -17,6 +17,7 @@ from benchmarks.parts import (
     limited,
     model,
     unchanged,
+    whole_run,
 )
 from benchmarks.parts.dagster_share import clean_environment
 from benchmarks.sizes import FULL, QUICK, TINY, Sizes, changed
@@ -69,6 +70,13 @@ def test_ten_rows_as_runs(lab: Lab) -> None:
     [table] = dagster_share.ten_rows(lab, TINY)
     assert len(table.rows) == 3
     assert table.rows[0]["ratio"] == "1.00 ×"
+
+
+def test_the_same_rows_as_a_dagster_run(lab: Lab) -> None:
+    [table] = whole_run.bulk_run(lab, TINY)
+    floor, core, run = table.rows
+    assert floor["time"] == "1.00 ×"
+    assert all(float(str(row["client CPU-s / 1,000 rows"])) > 0 for row in (core, run))
 
 
 def test_ticks_of_a_sensor_that_works(lab: Lab) -> None:
