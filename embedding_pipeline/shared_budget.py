@@ -1,9 +1,9 @@
 """One endpoint's limits, kept by all processes that share the database.
 
 Requests and tokens a minute: the endpoint (of OpenAI's dialect: each of its models) has one
-timeline, and a process reserves the next quarter of a second of it at a time, so that all together
-send as evenly as one would, and a request costs no round trip. A killed process takes at most what
-it had reserved with it.
+timeline, and a process reserves the next quarter of a second of it at a time (`timeline`), so that
+all together send as evenly as one would, and a request costs no round trip. A killed process takes
+at most what it had reserved with it.
 
 The ceiling of requests in flight: each process holds places and renews them every second; the
 places of one that does not (killed, or cut off) are free after `LAPSE_SECONDS`. What a process
@@ -27,16 +27,21 @@ import socket
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import psycopg
 
-from embedding_pipeline.embedders.budget import BURST_SECONDS, Budget, Clock, TokenBucket
+from embedding_pipeline.embedders.budget import Budget, Clock, TokenBucket
 from embedding_pipeline.embedders.port import Endpoint
-from embedding_pipeline.embedders.timeline import Block, costs, per_second
+from embedding_pipeline.embedders.timeline import (
+    RemoteClock,
+    Turns,
+    costs,
+    local_start,
+    per_second,
+)
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.store import endpoint_budget as store
 from embedding_pipeline.store.connection import connect
@@ -46,7 +51,6 @@ logger = logging.getLogger(__name__)
 
 CHUNK_SECONDS = 0.25
 """Of the timeline, reserved at once by a process that is busy."""
-MOST_LATE_SECONDS = 1.0
 SYNC_SECONDS = 1.0
 HURRIED_SYNC_SECONDS = 0.25
 """The same while others hold what is this process's share."""
@@ -84,9 +88,8 @@ class SharedBudget:
         self._holders = 1
         self._in_flight = self._most_in_flight = 0
         self._short_of_places = self._hurry = True
-        self._blocks: deque[Block] = deque()
-        self._chunk = 0.0
-        self._overdrawn = (0.0, 0.0)
+        self._turns = Turns(CHUNK_SECONDS)
+        self._database_clock = RemoteClock()
         self._seconds_needed: float | None = None
         self._asked_at = clock()
         self._busy_since: float | None = None
@@ -130,8 +133,8 @@ class SharedBudget:
         with self._lock:
             self._in_flight -= 1
             limit = self.limits.tokens_per_minute
-            if used is not None and limit and self._blocks:
-                self._blocks[0].tokens += (used - tokens) / per_second(limit)
+            if used is not None and limit:
+                self._turns.correct_tokens((used - tokens) / per_second(limit))
             if used is not None and self._own is not None:
                 self._own.release(tokens, used)
             self._wake()
@@ -187,45 +190,14 @@ class SharedBudget:
         if not limits:
             return now
         by_requests, by_tokens = costs(limits, tokens)
-        while self._blocks:
-            block = self._blocks[0]
-            block.pass_time(now, self._late)
-            position = block.position
-            if position >= block.seconds:
-                self._end_block(now)
-                continue
-            block.requests += by_requests
-            block.tokens += by_tokens
-            if len(self._blocks) == 1 and block.position > block.seconds / 2:
-                self._need(max(by_requests, by_tokens))
-            return max(now, block.start + position)
-        self._need(max(by_requests, by_tokens))
-        return None
-
-    def _end_block(self, now: float) -> None:
-        """What was drawn beyond a block's end is owed to the next one."""
-        block = self._blocks.popleft()
-        if now - block.start - self._late >= block.seconds:
-            self._chunk = 0.0  # too much was reserved
-        over = (max(0.0, block.requests - block.seconds), max(0.0, block.tokens - block.seconds))
-        if self._blocks:
-            self._blocks[0].requests += over[0]
-            self._blocks[0].tokens += over[1]
-        else:
-            self._overdrawn = over
-
-    @property
-    def _late(self) -> float:
-        """While others have their turns, one that could not use its own in time catches up.
-
-        With few requests in flight a process is not as fast as all together may be.
-        """
-        return BURST_SECONDS + min(MOST_LATE_SECONDS, CHUNK_SECONDS * (self._holders - 1))
+        at = self._turns.take(now, by_requests, by_tokens)
+        if self._turns.short(now):
+            self._need(max(by_requests, by_tokens))
+        return at
 
     def _need(self, seconds: float) -> None:
         if self._seconds_needed is None:
-            self._chunk = min(CHUNK_SECONDS, max(seconds, 2 * self._chunk))
-            self._seconds_needed = max(seconds, self._chunk)
+            self._seconds_needed = self._turns.next_chunk(seconds)
             self._changed.notify_all()
 
     def _is_away(self) -> bool:
@@ -236,7 +208,7 @@ class SharedBudget:
 
     def _set_away(self, why: str) -> None:
         self._away = True
-        self._blocks.clear()
+        self._turns.clear()
         self._seconds_needed = None
         if not self._told:
             self._told = True
@@ -319,8 +291,8 @@ class SharedBudget:
                 if idle or self._closing:
                     self._worker, self._places, self._told = None, None, False
                     self._synced_at = -math.inf
-                    self._blocks.clear()
-                    self._chunk, self._seconds_needed = 0.0, None
+                    self._turns.clear()
+                    self._seconds_needed = None
                     return None
                 if now >= retry_at:
                     pause = HURRIED_SYNC_SECONDS if self._hurry else SYNC_SECONDS
@@ -352,13 +324,13 @@ class SharedBudget:
         with self._lock:
             seconds, tell = self._seconds_needed or CHUNK_SECONDS, self._to_tell
             self._to_tell = None
-        begins_in, learnt = store.reserve(connection, self._rate_key, seconds, tell or Limits())
+        sent = self._clock()
+        reserved = store.reserve(connection, self._rate_key, seconds, tell or Limits())
+        received = self._clock()
         with self._lock:
-            self._take_over(learnt)
-            block = Block(self._clock() + begins_in, seconds)
-            block.requests, block.tokens = self._overdrawn
-            self._overdrawn = (0.0, 0.0)
-            self._blocks.append(block)
+            self._take_over(reserved.learnt)
+            start = local_start(self._database_clock, sent, received, reserved)
+            self._turns.add(start, seconds, self._holders)
             self._seconds_needed = None
 
     def _sync(self, connection: "psycopg.Connection[Any]") -> None:

@@ -110,13 +110,15 @@ def test_who_came_first_goes_on_when_there_are_fewer_places_than_processes() -> 
 def test_reservations_follow_each_other_and_need_one_statement(url: str) -> None:
     key = EndpointKey.of("e", "http://host")
     with connect(url) as first, connect(url) as second:
-        assert store.reserve(first, key, 100, Limits())[0] == 0
-        begins, _ = store.reserve(second, key, 10, Limits(requests_per_minute=60))
-        assert 95 < begins <= 100
-        begins, learnt = store.reserve(first, key, 1, Limits(tokens_per_minute=7))
-        assert 105 < begins <= 110
-        assert learnt == Limits(60, 7)
-        assert store.reserve(first, EndpointKey.of("f", "http://host"), 1, Limits())[0] == 0
+        one = store.reserve(first, key, 100, Limits())
+        assert one.begins - one.now == pytest.approx(0, abs=0.1)
+        two = store.reserve(second, key, 10, Limits(requests_per_minute=60))
+        assert two.begins == pytest.approx(one.begins + 100, abs=1e-3)
+        three = store.reserve(first, key, 1, Limits(tokens_per_minute=7))
+        assert three.begins == pytest.approx(one.begins + 110, abs=1e-3)
+        assert three.learnt == Limits(60, 7)
+        other = store.reserve(first, EndpointKey.of("f", "http://host"), 1, Limits())
+        assert other.begins == pytest.approx(other.now, abs=0.1)
 
 
 def test_limits_learnt_long_ago_are_forgotten(url: str, connection: Connection) -> None:
@@ -125,7 +127,7 @@ def test_limits_learnt_long_ago_are_forgotten(url: str, connection: Connection) 
     connection.execute(
         "UPDATE embedding_pipeline.endpoint_budget SET learnt_at = now() - interval '2 days'"
     )
-    assert store.reserve(connection, key, 0, Limits())[1] == Limits()
+    assert store.reserve(connection, key, 0, Limits()).learnt == Limits()
 
 
 def test_two_models_of_one_vendor_do_not_wait_for_each_other(

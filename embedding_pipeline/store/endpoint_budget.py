@@ -64,12 +64,21 @@ class Shared:
     """Lapsed ones left out."""
 
 
-def reserve(
-    connection: Connection, key: EndpointKey, seconds: float, learnt: Limits
-) -> tuple[float, Limits]:
+@dataclass(frozen=True)
+class Reserved:
+    """A piece of the timeline."""
+
+    begins: float
+    """In seconds of the database's clock; perhaps a little before `now`."""
+    now: float
+    """What the database's clock showed."""
+    learnt: Limits
+    """What anybody learnt in the last day."""
+
+
+def reserve(connection: Connection, key: EndpointKey, seconds: float, learnt: Limits) -> Reserved:
     """Reserve so many seconds of the endpoint's timeline, behind everybody else's.
 
-    Returns in how many seconds they begin, and the limits that anybody learnt in the last day.
     Limits given as `learnt` are taken over. One statement.
     """
     row = connection.execute(
@@ -82,7 +91,8 @@ def reserve(
         " requests_per_minute = coalesce(excluded.requests_per_minute, b.requests_per_minute),"
         " tokens_per_minute = coalesce(excluded.tokens_per_minute, b.tokens_per_minute),"
         " learnt_at = coalesce(excluded.learnt_at, b.learnt_at), used_at = now()"
-        " RETURNING extract(epoch FROM free_at - clock_timestamp())::float8 - $3::float8,"
+        " RETURNING extract(epoch FROM free_at)::float8 - $3::float8,"
+        " extract(epoch FROM clock_timestamp())::float8,"
         " learnt_at > now() - interval '1 day', requests_per_minute, tokens_per_minute",
         [
             key.name,
@@ -93,8 +103,8 @@ def reserve(
         ],
     ).fetchone()
     assert row is not None
-    begins_in, fresh, requests, tokens = row
-    return max(0.0, begins_in), Limits(requests, tokens) if fresh else Limits()
+    begins, now, fresh, requests, tokens = row
+    return Reserved(begins, now, Limits(requests, tokens) if fresh else Limits())
 
 
 def read(connection: Connection, key: EndpointKey) -> Shared | None:
