@@ -175,6 +175,18 @@ class TestFreshInterpreter:
         assert 20 < len(ours) < 80, ours
         assert len(shipped["beyond_dagster"]) < 250, shipped["beyond_dagster"]
 
+    def test_what_is_imported_is_not_searched_for_cycles(self, tmp_path: Path) -> None:
+        # what is registered first runs last; 0 objects are frozen where nobody asked for it
+        code = (
+            "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count())); "
+            "import embedding_pipeline.definitions; print(gc.get_freeze_count()); import openai"
+        )
+        result = run("-c", code, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        imported, at_the_end = map(int, result.stdout.split())
+        assert imported > 50_000
+        assert at_the_end > imported + 20_000
+
     def test_the_command_line_starts_without_them(self, tmp_path: Path) -> None:
         code = "import embedding_pipeline.cli, sys; print(*sys.modules)"
         modules = run("-c", code, cwd=tmp_path).stdout.split()
