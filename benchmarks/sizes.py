@@ -21,7 +21,7 @@ class Sizes:
     index_rows: int = 10_000
     growth_rows: tuple[int, ...] = (10_000, 100_000)
     freshness_commits: int = 20
-    model_texts: int = 192
+    model_texts: int = 256
     limited_seconds: float = 5.0
 
 

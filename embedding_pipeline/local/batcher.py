@@ -1,8 +1,8 @@
 """Requests of many clients, merged into the batches that the model runs best.
 
-One worker thread runs the model. A request's texts need not run together: each step takes texts
-of like length from whatever waits, so that little is padded, and a search query does not wait
-for the 2,048 texts that came before it.
+A worker thread for each core runs one batch at a time. A request's texts need not run together:
+each step takes texts of like length from whatever waits, so that little is padded, and a search
+query does not wait for the 2,048 texts that came before it.
 """
 
 import threading
@@ -39,13 +39,16 @@ class _Request:
     missing: int
     future: "Future[Vectors]" = field(default_factory=Future)
 
+    failed: bool = False
+
     @property
     def over(self) -> bool:
-        return self.missing == 0 or self.future.done()
+        """Whether nothing of it need be run any more."""
+        return self.failed or self.missing == 0 or self.future.done()
 
 
 class Batcher:
-    """Embeds what is submitted, in one thread of its own."""
+    """Embeds what is submitted, in as many threads of its own as the model has cores."""
 
     def __init__(self, model: MiniLM) -> None:
         self._model = model
@@ -56,8 +59,12 @@ class Batcher:
         self._requests_of: Counter[Source] = Counter()
         self._inputs_of: Counter[Source] = Counter()
         self._tokens_of: Counter[Source] = Counter()
-        self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"batcher-{number}", daemon=True)
+            for number in range(model.threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, tokens: Sequence[Tokens], source: Source) -> "Future[Vectors]":
         """Queue texts of at most MAX_TOKENS each; cancelling the future drops what waits."""
@@ -71,7 +78,7 @@ class Batcher:
         with self._changed:
             self._requests_of[source] += 1
             self._requests.append(request)
-            self._changed.notify()
+            self._changed.notify_all()
         return request.future
 
     def counts(self) -> dict[Source, dict[str, int]]:
@@ -87,32 +94,37 @@ class Batcher:
             }
 
     def stop(self) -> None:
-        """Stop after the running batch; what still waits is cancelled."""
+        """Stop after the running batches; what still waits is cancelled."""
         with self._changed:
             self._stopping = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for request in self._requests:
+            request.future.cancel()
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._requests = [request for request in self._requests if not request.over]
-                while not self._requests and not self._stopping:
-                    self._changed.wait()
-                if self._stopping:
-                    for request in self._requests:
-                        request.future.cancel()
-                    return
-                batch = self._next_batch()
+        while (batch := self._await_batch()) is not None:
             self._run(batch)
 
-    def _next_batch(self) -> list[tuple[_Request, int]]:
+    def _await_batch(self) -> list[tuple[_Request, int]] | None:
+        """What to run next, once there is something; None when it is time to stop."""
+        with self._changed:
+            while not self._stopping:
+                self._requests = [request for request in self._requests if not request.over]
+                # the rest of the others is with another worker
+                if waiting := [request for request in self._requests if request.waiting]:
+                    return self._next_batch(waiting)
+                self._changed.wait()
+            return None
+
+    def _next_batch(self, waiting: Sequence[_Request]) -> list[tuple[_Request, int]]:
         """Texts to run next; turns go to the smallest and to the oldest request alternately.
 
         So one query waits for at most two steps, and no stream of small requests starves a
         large one. The rest of the batch is what comes nearest to its longest text.
+        `waiting` are the requests that have texts to run, oldest first.
         """
-        waiting = [request for request in self._requests if request.waiting]
         self._oldest_next = not self._oldest_next
         first = waiting[0] if self._oldest_next else min(waiting, key=lambda r: len(r.waiting))
         longest = first.waiting[-1][0]
@@ -150,17 +162,28 @@ class Batcher:
         try:
             vectors = self._model.run(list(rows), spaces)
         except Exception as error:  # noqa: BLE001  (whatever it was, the clients must hear of it)
-            failure = ModelFailureError(f"{type(error).__name__}: {error}")
-            for request in {request for request, _ in batch}:
-                if request.future.set_running_or_notify_cancel():
-                    request.future.set_exception(failure)
+            self._fail({request for request, _ in batch}, error)
             return
-        with self._changed:
+        for (request, position), row in zip(batch, row_of, strict=True):
+            request.vectors[position] = vectors[request.source.space][row]
+        complete = []
+        with self._changed:  # another worker may be at the same requests
             for request, position in batch:
                 self._inputs_of[request.source] += 1
                 self._tokens_of[request.source] += len(request.tokens[position])
-        for (request, position), row in zip(batch, row_of, strict=True):
-            request.vectors[position] = vectors[request.source.space][row]
-            request.missing -= 1
-            if not request.missing and request.future.set_running_or_notify_cancel():
+                request.missing -= 1
+                if not request.missing and not request.failed:
+                    complete.append(request)
+        for request in complete:
+            if request.future.set_running_or_notify_cancel():
                 request.future.set_result(request.vectors)
+
+    def _fail(self, requests: set[_Request], error: Exception) -> None:
+        failure = ModelFailureError(f"{type(error).__name__}: {error}")
+        with self._changed:
+            first = [request for request in requests if not request.failed]
+            for request in first:
+                request.failed = True
+        for request in first:
+            if request.future.set_running_or_notify_cancel():
+                request.future.set_exception(failure)

@@ -21,7 +21,8 @@ class HeldModel(MiniLM):
     Its vectors say which text they are of: every entry is the text's first token.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
         self.batches: list[list[Tokens]] = []
         self.spaces: list[list[Space]] = []
         self.arrived = threading.Semaphore(0)
@@ -107,7 +108,7 @@ def test_a_query_waits_for_two_steps_at_most_behind_a_large_request(
 def test_a_stream_of_small_requests_does_not_starve_a_large_one(
     held: HeldModel, batcher: Batcher
 ) -> None:
-    steps = -(-20 * 200 // BATCH_TOKENS)
+    steps = -(-20 // (BATCH_TOKENS // 200))
     large = batcher.submit(texts(200, *range(1, 21)), NARROW)
     held.await_batch()
     for number in range(2 * steps + 2):
@@ -154,6 +155,48 @@ def test_a_failing_model_is_an_error_for_those_in_the_batch_and_the_next_works(
     held.failing = False
     held.let(1)
     assert batcher.submit(texts(10, 2), NARROW).result(30)[0, 0] == 2
+
+
+@pytest.fixture
+def two_cores() -> Iterator[tuple[HeldModel, Batcher]]:
+    """A model that runs two batches at once, and its batcher."""
+    held = HeldModel(threads=2)
+    batcher = Batcher(held)
+    yield held, batcher
+    held.let(1000)
+    batcher.stop()
+
+
+def test_one_request_is_run_by_every_core(two_cores: tuple[HeldModel, Batcher]) -> None:
+    held, batcher = two_cores
+    large = batcher.submit(texts(200, *range(1, 101)), NARROW)
+    held.await_batch()
+    held.await_batch()  # the second is with the model before the first is through
+    held.let(1000)
+    assert large.result(30)[:, 0].tolist() == list(range(1, 101))
+    assert batcher.counts()[NARROW]["inputs"] == 100
+
+
+def test_a_request_that_fails_on_two_cores_at_once_fails_once_and_both_go_on(
+    two_cores: tuple[HeldModel, Batcher],
+) -> None:
+    held, batcher = two_cores
+    held.failing = True
+    large = batcher.submit(texts(200, *range(1, 101)), NARROW)
+    held.await_batch()
+    held.await_batch()
+    held.let(2)
+    with pytest.raises(ModelFailureError, match="out of memory"):
+        large.result(30)
+    held.failing = False
+    others = [batcher.submit(texts(10, number), NARROW) for number in (1, 2)]
+    held.let(1000)
+    assert [other.result(30)[0, 0] for other in others] == [1, 2]
+    # nothing of the failed request was run later, and both threads are still there
+    one = batcher.submit(texts(200, *range(1, 101)), NARROW)
+    assert one.result(30).shape == (100, 384)
+    assert len(held.batches) <= 2 + 2 + 50
+    assert all(thread.is_alive() for thread in batcher._threads)
 
 
 def test_counts_are_what_the_model_ran(held: HeldModel, batcher: Batcher) -> None:

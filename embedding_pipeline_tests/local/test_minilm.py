@@ -5,6 +5,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.local import minilm
-from embedding_pipeline.local.minilm import MAX_TOKENS, MiniLM, Space, batches
+from embedding_pipeline.local.minilm import MAX_TOKENS, MiniLM, Space, Tokens, Vectors, batches
 
 # How it was made stands in the file.
 REFERENCE: list[dict[str, Any]] = json.loads(
@@ -72,6 +74,26 @@ def test_the_last_quarter_of_the_wide_space_is_the_narrow_one(model: MiniLM) -> 
     # weights 0.1, 0.2, 0.5, 1: the last layer's share of the whole vector's length
     share = 1 / np.sqrt(0.1**2 + 0.2**2 + 0.5**2 + 1)
     np.testing.assert_allclose(wide, narrow * share, atol=2e-6)
+
+
+def test_batches_run_on_as_many_cores_as_there_are_and_each_on_one() -> None:
+    class Together(MiniLM):
+        """Each batch waits until as many as there are cores have come."""
+
+        def __init__(self) -> None:
+            super().__init__(threads=3)
+            self.all_here = threading.Barrier(3)
+
+        def run(self, tokens: Sequence[Tokens], spaces: Sequence[Space]) -> dict[Space, Vectors]:
+            self.all_here.wait(timeout=30)
+            return super().run(tokens, spaces)
+
+    model = Together()
+    assert model._session.get_session_options().intra_op_num_threads == 1
+    texts = ["word " * 200] * 6  # two to a batch
+    vectors = model.embed(texts)
+    assert np.abs(vectors - vectors[0]).max() < 2e-6
+    assert np.linalg.norm(vectors[5]) == pytest.approx(1, abs=1e-6)
 
 
 def test_no_text_gives_no_row(model: MiniLM) -> None:
