@@ -140,6 +140,7 @@ async def _serve(options: argparse.Namespace, keeping: in_use.Keeping, directory
             log_config=None,
             access_log=False,
             lifespan="off",
+            ws="none",  # nothing here speaks it, and importing it takes 0.03 s
             timeout_keep_alive=300,  # clients keep connections; a closed one costs them a retry
             timeout_graceful_shutdown=5,
         )
