@@ -1,9 +1,11 @@
 """What grows with the table: time, memory, the pending index, and what users' own writes cost."""
 
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import psycopg
 from psycopg import sql
 
 from benchmarks import corpus
@@ -17,9 +19,16 @@ from embedding_pipeline.store.connection import connect
 from embedding_pipeline.store.indexes import reindex_pending_if_bloated, vacuum
 from embedding_pipeline.store.pending import count_by_partition
 
+Connection = psycopg.Connection[Any]
+
 WIDTH = 384
 WRITTEN = 2_000
-"""Rows of a user's own INSERT and UPDATE."""
+"""Rows of a user's own INSERT or UPDATE in one statement, at most."""
+SINGLE = 300
+"""Of a user's own statements of one row each, at most."""
+MIN_ROUNDS = 5
+MOST = 2
+"""Embedding columns."""
 
 
 def growth(lab: Lab, sizes: Sizes) -> list[Table]:
@@ -31,9 +40,11 @@ def _embedding(lab: Lab, sizes: Sizes) -> Table:
     spec = table_spec(WIDTH)
     rows: list[dict[str, Cell]] = []
     for count in sizes.growth_rows:
-        fill = partial(make_documents, spec=spec, rows=count)
-        with lab.database(f"growth-{count}", fill) as url, Endpoint(WIDTH) as endpoint:
-            lab.forget(f"growth-{count}")
+        with lab.empty_database() as url, Endpoint(WIDTH) as endpoint:
+            make_documents(url, spec, count)
+            with connect(url) as connection:
+                connection.execute("VACUUM ANALYZE")
+                connection.execute("CHECKPOINT")
             task = {
                 "job": "core", "url": url, "spec": spec.model_dump(mode="json"),
                 "endpoint": endpoint.url, "batch": 64, "concurrency": 8,
@@ -81,68 +92,128 @@ def _embedding(lab: Lab, sizes: Sizes) -> Table:
 
 
 def _users_writes(lab: Lab, sizes: Sizes) -> Table:
-    """A user's INSERT and UPDATE with 0, 1 and 2 embedding columns."""
-    rows: list[dict[str, Cell]] = []
-    for count in sizes.growth_rows:
-        seconds: dict[int, tuple[float, float]] = {}
-        for columns in (0, 1, 2):
-            widths = list(range(WIDTH, WIDTH + columns))
-            fill: Callable[[str], None]
-            if columns:
-                spec = table_spec(widths)
-                fill = partial(make_documents, spec=spec, rows=count, embedded=True)
-            else:
-                fill = partial(_plain, rows=count)
-            name = f"writes-{count}-{columns}"
-            with lab.database(name, fill) as url:
-                lab.forget(name)
-                seconds[columns] = _writes(url, count, sizes.rounds)
-        rows.append(
-            {"rows": count}
-            | {
-                f"{what}, {columns} column{'s' * (columns > 1)}": times(
-                    seconds[columns][number] / seconds[0][number]
-                )
-                for number, what in enumerate(("INSERT", "UPDATE"))
-                for columns in (1, 2)
-            }
-        )
+    """A user's INSERT and UPDATE with 0, 1 and 2 embedding columns, in turns."""
+    rows = [row for count in sizes.growth_rows for row in _written(lab, count, sizes.rounds)]
     return Table(
-        f"A user's own writes of {WRITTEN:,} texts, relative to a table without embedding columns",
+        "A user's own writes of texts of 100 to 200 words, relative to a table without embedding "
+        "columns",
         list(rows[0]),
         rows,
+        [
+            f"*At once*: one statement writes {WRITTEN:,} rows that lie in a table on the server, "
+            "the cheapest write there is. *One by one*: a statement and a commit for each row, as "
+            "an application writes.",
+            "`µs more` is what the first embedding column adds to a row.",
+        ],
     )
 
 
-def _plain(url: str, rows: int) -> None:
-    with connect(url) as connection:
-        load_documents(connection, rows)
+def _written(lab: Lab, count: int, rounds: int) -> list[dict[str, Cell]]:
+    """A row for each kind of write into a table of `count` rows."""
+    rounds = max(MIN_ROUNDS, rounds)
+    at_once, single = min(WRITTEN, count // rounds), min(SINGLE, count // rounds)
+    found: dict[str, dict[int, list[float]]] = {}
+    with ExitStack() as stack:
+        tables = {
+            columns: stack.enter_context(_table(lab, count, columns)) for columns in range(MOST + 1)
+        }
+        for number in range(rounds):
+            for columns, connection in tables.items():
+                taken = {
+                    "INSERT at once": _insert(connection, count + 1 + number * at_once, at_once),
+                    "UPDATE at once": _update(connection, 1 + number * at_once, at_once),
+                    "INSERT one by one": _insert_singly(
+                        connection, 2 * count + 1 + number * single, single
+                    ),
+                    "UPDATE one by one": _update_singly(
+                        connection, count - number * single, single
+                    ),
+                }
+                for what, seconds in taken.items():
+                    found.setdefault(what, {}).setdefault(columns, []).append(seconds)
+    return [
+        {
+            "rows": count,
+            "statement": what,
+            "µs a row without": 1e6 * middle(by_columns[0]),
+            "1 column": _ratio(by_columns[1], by_columns[0]),
+            "2 columns": _ratio(by_columns[2], by_columns[0]),
+            "µs more": 1e6
+            * middle(one - none for one, none in _pairs(by_columns[1], by_columns[0])),
+        }
+        for what, by_columns in found.items()
+    ]
 
 
-def _writes(url: str, rows: int, rounds: int) -> tuple[float, float]:
-    inserts: list[float] = []
-    updates: list[float] = []
-    written = min(WRITTEN, rows)
-    with connect(url) as connection:
-        connection.execute("CREATE TEMPORARY TABLE texts (n bigint, body text)")
-        with connection.cursor() as cursor, cursor.copy("COPY texts FROM STDIN") as copy:
-            for number in range(written):
-                copy.write_row((number, corpus.text(number, 1)))
-        for number in range(max(3, rounds)):
-            first = rows + 1 + number * written
-            began = time.perf_counter()
-            connection.execute(
-                sql.SQL("INSERT INTO {} (id, body) SELECT {} + n, body FROM texts").format(
-                    sql.Identifier(TABLE), sql.Literal(first)
-                )
-            )
-            between = time.perf_counter()
-            connection.execute(
-                sql.SQL(
-                    "UPDATE {table} SET body = texts.body || {tail} FROM texts"
-                    " WHERE {table}.id = 1 + n"
-                ).format(table=sql.Identifier(TABLE), tail=sql.Literal(f" {number}"))
-            )
-            inserts.append(between - began)
-            updates.append(time.perf_counter() - between)
-    return middle(inserts), middle(updates)
+def _pairs(one: list[float], other: list[float]) -> list[tuple[float, float]]:
+    """What was measured in the same round."""
+    return list(zip(one, other, strict=True))
+
+
+def _ratio(one: list[float], other: list[float]) -> str:
+    return times(middle(a / b for a, b in _pairs(one, other)))
+
+
+@contextmanager
+def _table(lab: Lab, count: int, columns: int) -> Iterator[Connection]:
+    """A connection to a table of `count` rows, every one up to date in so many columns."""
+    with lab.empty_database() as url:
+        if columns:
+            spec = table_spec(list(range(WIDTH, WIDTH + columns)))
+            make_documents(url, spec, count, embedded=True)
+        with connect(url) as connection:
+            if not columns:
+                load_documents(connection, count)
+            connection.execute("VACUUM ANALYZE")
+            connection.execute("CHECKPOINT")
+            connection.execute("CREATE TEMPORARY TABLE texts (n bigint PRIMARY KEY, body text)")
+            with connection.cursor() as cursor, cursor.copy("COPY texts FROM STDIN") as copy:
+                for number in range(WRITTEN):
+                    copy.write_row((number, corpus.text(number, 1)))
+            connection.execute("ANALYZE texts")
+            yield connection
+
+
+def _insert(connection: Connection, first: int, number: int) -> float:
+    statement = sql.SQL(
+        "INSERT INTO {} (id, body) SELECT {} + n, body FROM texts WHERE n < {}"
+    ).format(sql.Identifier(TABLE), sql.Literal(first), sql.Literal(number))
+    began = time.perf_counter()
+    done = connection.execute(statement)
+    seconds = time.perf_counter() - began
+    assert done.rowcount == number
+    return seconds / number
+
+
+def _update(connection: Connection, first: int, number: int) -> float:
+    """Rows that nobody has edited before: each was up to date and becomes pending."""
+    statement = sql.SQL(
+        "UPDATE {table} SET body = texts.body FROM texts WHERE {table}.id = {first} + n AND n < {n}"
+    ).format(table=sql.Identifier(TABLE), first=sql.Literal(first), n=sql.Literal(number))
+    began = time.perf_counter()
+    done = connection.execute(statement)
+    seconds = time.perf_counter() - began
+    assert done.rowcount == number
+    return seconds / number
+
+
+def _insert_singly(connection: Connection, first: int, number: int) -> float:
+    statement = sql.SQL("INSERT INTO {} (id, body) VALUES ($1, $2)").format(sql.Identifier(TABLE))
+    return _singly(connection, statement, [(first + n, corpus.text(n, 2)) for n in range(number)])
+
+
+def _update_singly(connection: Connection, last: int, number: int) -> float:
+    """Rows from the other end of the table than those that `_update` edits."""
+    statement = sql.SQL("UPDATE {} SET body = $2 WHERE id = $1").format(sql.Identifier(TABLE))
+    return _singly(connection, statement, [(last - n, corpus.text(n, 3)) for n in range(number)])
+
+
+def _singly(
+    connection: Connection, statement: sql.Composed, values: list[tuple[int, str]]
+) -> float:
+    """Seconds a row, each in a transaction of its own."""
+    began = time.perf_counter()
+    for row in values:
+        done = connection.execute(statement, row)
+        assert done.rowcount == 1
+    return (time.perf_counter() - began) / len(values)
