@@ -6,16 +6,24 @@ show in the UI like any other. The command line prints what this returns.
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import dagster as dg
 
 from embedding_pipeline.backfill import TOO_DEAR, Progress
 from embedding_pipeline.brakes import Held, held_back
 from embedding_pipeline.components import names
-from embedding_pipeline.components.assets import HELD_BY, LEASE_HELD, LISTENERS, bind_column
+from embedding_pipeline.components.assets import (
+    HELD_BY,
+    LEASE_HELD,
+    LINE_LISTENERS,
+    LISTENERS,
+    bind_column,
+)
 from embedding_pipeline.components.decide import ColumnFacts, dead_leases, ranges
 from embedding_pipeline.components.processes import fail_dead_runs, process_tags
 from embedding_pipeline.components.sensor import QUALITY_TAG, quality_checks, reap
@@ -31,6 +39,7 @@ from embedding_pipeline.store.migrate import migrate
 from embedding_pipeline.store.pending import count_by_partition
 
 Report = Callable[[str], None]
+Listener = TypeVar("Listener")
 
 POLL_SECONDS = 1.0
 """How often a command looks whether a run that it waits for has ended."""
@@ -259,8 +268,12 @@ def evaluate_and_check(
     table: TableSpec,
     embeddings: Sequence[EmbeddingSpec],
     results: dict[tuple[str, str], ColumnResult],
+    say: Report,
 ) -> list[str]:
-    """Indexes, golden set and thorough checks of a table's columns, in one run; its errors."""
+    """Indexes, golden set and thorough checks of a table's columns, in one run; its errors.
+
+    What the index builds say, their progress too, goes to `say`.
+    """
     outcome = _execute(
         instance,
         job,
@@ -271,6 +284,7 @@ def evaluate_and_check(
         [check for embedding in embeddings for check in quality_checks(table, embedding)],
         {names.TABLE_TAG: table.asset_name, QUALITY_TAG: "evaluate"},
         {},
+        say=say,
     )
     columns = {names.column_key(table, e): e.column for e in embeddings}
     for evaluation in outcome.get_asset_check_evaluations():
@@ -301,11 +315,10 @@ def _execute(
     tags: dict[str, str],
     run_config: dict[str, object],
     on_progress: Callable[[Progress], None] | None = None,
+    say: Report | None = None,
 ) -> dg.ExecuteInProcessResult:
     subset = job.get_subset(asset_selection=set(assets), asset_check_selection=set(checks))
-    if on_progress is not None:
-        LISTENERS.append(on_progress)
-    try:
+    with _listening(LISTENERS, on_progress), _listening(LINE_LISTENERS, say):
         outcome = subset.execute_in_process(
             instance=instance,
             # the events are for the UI; here the bars and the closing table speak
@@ -316,13 +329,22 @@ def _execute(
             tags={**tags, **process_tags()},
             raise_on_error=False,
         )
-    finally:
-        if on_progress is not None:
-            LISTENERS.remove(on_progress)
     # Dagster turns Ctrl-C into a failed step; here it ends the command
     if any(_is_interrupt(event) for event in outcome.all_events):
         raise KeyboardInterrupt
     return outcome
+
+
+@contextmanager
+def _listening(listeners: list[Listener], mine: Listener | None) -> Iterator[None]:
+    if mine is None:
+        yield
+        return
+    listeners.append(mine)
+    try:
+        yield
+    finally:
+        listeners.remove(mine)
 
 
 def _is_interrupt(event: dg.DagsterEvent) -> bool:

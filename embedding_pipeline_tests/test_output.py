@@ -26,3 +26,16 @@ def test_progress_elsewhere_than_on_a_terminal_is_a_line_every_five_seconds(
         "docs.embedding: 60 rows",
         "docs.embedding: 120 rows",
     ]
+
+
+def test_a_long_build_that_only_counts_on_is_a_line_every_five_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: clock[0])
+    written = io.StringIO()
+    lines = output.Lines(Console(file=written, width=200))
+    said = ["build it", "loading, 10 %", "waiting for pid 7", "loading, 20 %", "loading, 30 %"]
+    for clock[0], line in zip((1000.0, 1001.0, 1002.0, 1006.0, 1008.0), said, strict=True):
+        lines(line)
+    assert written.getvalue().splitlines() == ["build it", "waiting for pid 7", "loading, 30 %"]

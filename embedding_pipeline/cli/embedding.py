@@ -13,7 +13,7 @@ from embedding_pipeline.cli.options import (
     declared_tables,
     tables_option,
 )
-from embedding_pipeline.cli.output import Bar, figure, make_console
+from embedding_pipeline.cli.output import Bar, Lines, figure, make_console
 from embedding_pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def run(
         if usable:
             ready.append((file, usable))
     for file, usable in ready:
-        errors += main_job.evaluate_and_check(instance, job, file.spec, usable, results)
+        say = Lines(console)
+        errors += main_job.evaluate_and_check(instance, job, file.spec, usable, results, say)
     _closing_table(console, [file for file, _ in chosen], results)
     errors += [f"{r.table}.{r.column}: {e}" for r in results.values() for e in r.errors]
     failed = [f"{r.table}.{r.column}: {f}" for r in results.values() for f in r.failed_checks]

@@ -65,6 +65,20 @@ class Bar:
             self._progress.stop()
 
 
+class Lines:
+    """Prints what a long statement says: of lines that only count on, one every five seconds."""
+
+    def __init__(self, console: "Console") -> None:
+        self._console = console
+        self._last = 0.0
+
+    def __call__(self, line: str) -> None:
+        if line.endswith(" %") and time.monotonic() - self._last < 5:
+            return
+        self._last = time.monotonic()
+        self._console.print(line)
+
+
 def figure(value: float | None) -> str:
     return "—" if value is None else f"{value:.3f}"
 

@@ -48,6 +48,9 @@ LOG_SECONDS = 5.0
 LISTENERS: "list[Callable[[Progress], None]]" = []
 """Who else follows the progress of runs in this process: the command line's bars."""
 
+LINE_LISTENERS: "list[Callable[[str], None]]" = []
+"""Who else hears what the index builds of this process say: the command line."""
+
 
 class EmbedConfig(dg.Config):
     """What one run may do; the defaults come from the table's YAML."""
@@ -346,6 +349,11 @@ def index_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefiniti
         from embedding_pipeline.store.indexes import build_hnsw
         from embedding_pipeline.store.maintenance import maintain
 
+        def say(line: str) -> None:
+            context.log.info(line)
+            for listener in LINE_LISTENERS:
+                listener(line)
+
         tag_process(context.instance, context.run)
         try:
             column = bind_column(table, embedding.column)
@@ -354,8 +362,8 @@ def index_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefiniti
                 if held is not None:
                     context.log.warning("%s: its index is left alone: %s", column, held)
                     return dg.MaterializeResult(metadata={"built": False, "stopped": str(held)})
-                report = build_hnsw(connection, column, report=context.log.info)
-                maintained = maintain(connection, column, report=context.log.info)
+                report = build_hnsw(connection, column, report=say)
+                maintained = maintain(connection, column, report=say)
         except PipelineError as error:
             raise failure(error) from None
         return dg.MaterializeResult(

@@ -11,6 +11,7 @@ import dagster as dg
 import psycopg
 import pytest
 
+from embedding_pipeline import main_job
 from embedding_pipeline.components import checks as subject
 from embedding_pipeline.components import names
 from embedding_pipeline.components.embedded_table import table_definitions
@@ -140,6 +141,21 @@ def since(connection: Connection, hours: int) -> None:
 def test_a_complete_column_passes_all_four(complete: Project) -> None:
     said = complete.nightly()
     assert {name: found.passed for name, found in said.items()} == dict.fromkeys(ALL, True), said
+
+
+def test_what_an_index_build_says_is_in_the_run_s_log_and_on_the_command_line(
+    project: Project,
+) -> None:
+    project.embed(checks=())
+    heard: list[str] = []
+    main_job._execute(project.instance, project.job, [project.index], [], {}, {}, say=heard.append)
+    line = "build the hnsw index docs_embedding_4_hnsw of docs.embedding_4"
+    assert heard[0] == line
+    [run] = project.instance.get_runs(limit=1)
+    assert line in [entry.user_message for entry in project.instance.all_logs(run.run_id)]
+    # the next run of this process is nobody's
+    project.run(project.index, checks=())
+    assert heard.count(line) == 1
 
 
 def test_one_run_of_everything_judges_what_it_made(project: Project) -> None:

@@ -1,5 +1,6 @@
 """HNSW indexes, and the care of the pending index."""
 
+import re
 import time
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from embedding_pipeline.errors import SchemaError
 from embedding_pipeline.spec import TableSpec
-from embedding_pipeline.store import indexes, migrate
+from embedding_pipeline.store import ddl, indexes, migrate
 from embedding_pipeline.store.catalogue import bind_columns
 from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import connect
@@ -63,6 +64,34 @@ def test_a_built_index_finds_the_nearest_rows(connection: Connection) -> None:
     state = indexes.index_state(connection, column)
     assert (state.state, state.rows) == ("valid", 500)
     assert nearest(connection, through_index=True) == nearest(connection, through_index=False)
+
+
+def test_how_far_a_build_is_can_be_seen_while_it_runs(
+    database: str, connection: Connection
+) -> None:
+    table = spec(embeddings=[embedding("embedding_384", 384)])
+    create_docs(connection, 3000)
+    migrate.migrate(connection, [table])
+    column = bind_columns(connection, table)[0]
+    connection.execute(
+        "UPDATE docs SET embedding_384 = (SELECT array_agg(sin(id * n)) FROM"
+        " generate_series(1, 384) AS n)::vector"
+    )
+    shares: list[int] = []
+
+    def see() -> bool:
+        said = ddl.progress(connection, pid) or ""
+        if found := re.fullmatch(r"building index: loading tuples, (\d+) %", said):
+            shares.append(int(found[1]))
+        return building.done()
+
+    with connect(database) as builder:
+        pid = builder.info.backend_pid
+        building = in_thread(lambda: indexes.build_hnsw(builder, column, parallel_workers=0))
+        wait_until(see, "the build to end")
+        assert building.result().built
+    assert len(set(shares)) > 2, shares
+    assert shares == sorted(shares)
 
 
 def test_a_valid_index_is_left_alone(connection: Connection) -> None:
