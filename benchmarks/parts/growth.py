@@ -103,8 +103,8 @@ def _users_writes(lab: Lab, sizes: Sizes) -> Table:
             f"*At once*: one statement writes {WRITTEN:,} rows that lie in a table on the server, "
             "the cheapest write there is. *One by one*: a statement and a commit for each row, as "
             "an application writes.",
-            "`µs more` is what the first embedding column adds to a row; of a statement and a commit "
-            "a row it is less than these vary by.",
+            "`µs more` is what the first embedding column adds to a row; where each row is a "
+            "statement and a commit, that is less than these vary by.",
         ],
     )
 

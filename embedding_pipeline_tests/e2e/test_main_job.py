@@ -38,6 +38,8 @@ def test_run_from_nothing_embeds_every_row_of_all_eight_columns(first_run: First
                 f" min(vector_dims({column})), max(vector_dims({column})) FROM {table}"
             )
             assert counted == [(rows[table], *[rows[table]] * 2, dimensions, dimensions)], table
+            built = f"build the hnsw index {table}_{column}_hnsw of {table}.{column}"
+            assert built in done.out.splitlines()
     cells = done.closing_table()
     assert list(cells) == [f"{table}.{column}" for table in TABLES for column in COLUMNS]
     for name, row in cells.items():
