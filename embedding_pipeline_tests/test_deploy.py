@@ -11,6 +11,7 @@ import pytest
 import yaml
 from dagster import DagsterInstance
 from dagster._core.instance.ref import InstanceRef
+from dagster._core.run_coordinator.queued_run_coordinator import QueuedRunCoordinator
 
 from embedding_pipeline.settings import PROJECT_ROOT, Settings
 from embedding_pipeline_tests.project import fresh_settings, use_database
@@ -213,6 +214,12 @@ class TestInstances:
             assert one.run_monitoring_max_runtime_seconds == 21600
             assert one.global_op_concurrency_default_limit == 4
             assert one.get_settings("retention")
+            # a slow table's tick, or a run whose process takes long to start, holds up no other
+            assert one.get_sensor_settings()["use_threads"]
+            queue = one.run_coordinator
+            assert isinstance(queue, QueuedRunCoordinator)
+            assert queue.dequeue_use_threads
+            assert queue.dequeue_interval_seconds == 1
             assert most_runs(one) >= 4
             assert not one.telemetry_enabled
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from benchmarks import corpus
 from benchmarks.endpoint import Endpoint
 from benchmarks.lab import TABLE, Lab, make_documents, table_spec
 from benchmarks.parts.dagster_share import project
+from benchmarks.parts.freshness_steps import UNFINISHED, step_cells, steps_of
 from benchmarks.report import Cell, Table
 from benchmarks.sizes import Sizes
 from benchmarks.worker import ROOT
@@ -27,6 +29,7 @@ from embedding_pipeline.store.indexes import build_hnsw
 WIDTH = 8
 """Narrow: the index of a million rows is built in a minute, and the way is the same."""
 PATIENCE_SECONDS = 120.0
+QUIET_SECONDS = 12.0
 
 
 def freshness(lab: Lab, sizes: Sizes) -> list[Table]:
@@ -42,6 +45,7 @@ def freshness(lab: Lab, sizes: Sizes) -> list[Table]:
             build_hnsw(connection, bind_columns(connection, spec)[0])
 
     taken: list[float] = []
+    steps: list[list[float]] = []
     with (
         lab.database("freshness", fill) as url,
         Endpoint(WIDTH) as endpoint,
@@ -63,12 +67,16 @@ def freshness(lab: Lab, sizes: Sizes) -> list[Table]:
             )
         try:
             draw = random.Random(0)
-            # until the first edit is found everything is still starting
+            # until the first edit is found everything is still starting; then the sample tables
+            # are embedded and every table is evaluated
             _found_after(url, 1, log, 4 * PATIENCE_SECONDS)
+            _settled(url, log)
             for number in range(sizes.freshness_commits):
                 time.sleep(draw.uniform(0, 10))
                 key = 2 + number * max(1, sizes.table_rows // (sizes.freshness_commits + 2))
-                taken.append(_found_after(url, key, log, PATIENCE_SECONDS))
+                seconds, of_it = _found_after(url, key, log, PATIENCE_SECONDS)
+                taken.append(seconds)
+                steps += [of_it] if of_it else []
         finally:
             _stop(process)
     rows: list[dict[str, Cell]] = [
@@ -77,6 +85,7 @@ def freshness(lab: Lab, sizes: Sizes) -> list[Table]:
             "median, s": float(np.median(taken)),
             "95th percentile, s": float(np.quantile(taken, 0.95)),
             "slowest, s": max(taken),
+            **step_cells(steps),
         }
     ]
     return [
@@ -84,13 +93,21 @@ def freshness(lab: Lab, sizes: Sizes) -> list[Table]:
             f"Commit to found by search, {sizes.table_rows:,} rows, {sizes.tenants:,} tenants",
             list(rows[0]),
             rows,
-            ["A sensor that looks every 5 s; an endpoint at 0 ms; each run a process of its own."],
+            [
+                "A sensor that looks every 5 s; an endpoint at 0 ms; a process for each run.",
+                "The steps follow one another; each is a median: until the sensor looks, until it "
+                "has requested a run, until the run leaves the queue, until its process executes "
+                f"it, until search finds the row ({len(steps)} of {len(taken)} commits had a run "
+                "of their own).",
+            ],
         )
     ]
 
 
-def _found_after(url: str, key: int, log: Path, patience: float) -> float:
-    """Edit one row; seconds from the commit until the row is what a search for its text finds."""
+def _found_after(
+    url: str, key: int, log: Path, patience: float
+) -> tuple[float, list[float] | None]:
+    """Edit one row; seconds from the commit until a search for its text finds it, and its steps."""
     name = f"embedding_{WIDTH}"
     text = corpus.text(key, 1)
     vector = str(corpus.vector_of(text, WIDTH).tolist())
@@ -99,18 +116,36 @@ def _found_after(url: str, key: int, log: Path, patience: float) -> float:
             sql.SQL("UPDATE {} SET body = $1 WHERE id = $2").format(sql.Identifier(TABLE)),
             [text, key],
         )
-        committed = time.monotonic()
+        committed = time.monotonic(), _utc()
         connection.execute("SET hnsw.ef_search = 400")
         nearest = sql.SQL("SELECT id FROM {} ORDER BY {} <=> $1::vector LIMIT 10").format(
             sql.Identifier(TABLE), sql.Identifier(name)
         )
         while (key,) not in connection.execute(nearest, [vector]).fetchall():
-            if time.monotonic() - committed > patience:
+            if time.monotonic() - committed[0] > patience:
                 raise RuntimeError(
                     f"row {key} was not embedded in time:\n{log.read_text()[-4000:]}"
                 )
             time.sleep(0.05)
-    return time.monotonic() - committed
+        seconds = time.monotonic() - committed[0]
+        return seconds, steps_of(connection, committed[1], _utc())
+
+
+def _settled(url: str, log: Path) -> None:
+    """Wait until no run has been under way for as long as two ticks take to come."""
+    began = quiet_since = time.monotonic()
+    with connect(url) as connection:
+        while time.monotonic() - quiet_since < QUIET_SECONDS:
+            if connection.execute(UNFINISHED).fetchone() != (0,):
+                quiet_since = time.monotonic()
+            if quiet_since - began > 4 * PATIENCE_SECONDS:
+                raise RuntimeError(f"runs without end:\n{log.read_text()[-4000:]}")
+            time.sleep(0.5)
+
+
+def _utc() -> datetime:
+    """Now, as Dagster's tables have it."""
+    return datetime.now(UTC).replace(tzinfo=None)
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

@@ -211,15 +211,18 @@ def quarantined_counts_query(column: Column) -> sql.Composed:
 
 
 def count_by_partition(connection: "psycopg.Connection[Any]", column: Column) -> dict[str, int]:
-    """Partition key → pending rows, quarantined ones subtracted; empty partitions are left out."""
-    counts: dict[str, int] = {}
-    with connection.transaction():
-        connection.execute(SETTINGS)
-        for value, count in connection.execute(partition_counts_query(column)):
-            counts[key_from_database(column.table, value)] = count
-        for value, count in connection.execute(quarantined_counts_query(column)):
-            key = key_from_database(column.table, value)
-            counts[key] = counts.get(key, 0) - count
+    """Partition key → pending rows, quarantined ones subtracted; empty partitions are left out.
+
+    Sent as one string, which Postgres executes as one transaction: one round trip, not five.
+    """
+    queries = [SETTINGS, partition_counts_query(column), quarantined_counts_query(column)]
+    cursor = connection.execute(sql.SQL("; ").join(queries))
+    cursor.set_result(-2)
+    counts = {key_from_database(column.table, value): count for value, count in cursor}
+    cursor.set_result(-1)
+    for value, count in cursor:
+        key = key_from_database(column.table, value)
+        counts[key] = counts.get(key, 0) - count
     return {key: count for key, count in sorted(counts.items()) if count > 0}
 
 

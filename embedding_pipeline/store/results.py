@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
+from embedding_pipeline.store import sqlfiles
 from embedding_pipeline.store.column import Column
 
 if TYPE_CHECKING:
@@ -110,18 +111,8 @@ def note_pending(
     Writes only on a change, so that a sensor may call it every tick.
     """
     row = connection.execute(
-        "UPDATE embedding_pipeline.embedding_column"
-        " SET pending_since = CASE WHEN $4 THEN now() END"
-        " WHERE table_schema = $1 AND table_name = $2 AND column_name = $3"
-        " AND (pending_since IS NOT NULL) <> $4 RETURNING pending_since",
-        [*_names(column), pending],
+        sqlfiles.query("registry/note_pending"), [*_names(column), pending]
     ).fetchone()
-    if row is None:
-        row = connection.execute(
-            "SELECT pending_since FROM embedding_pipeline.embedding_column"
-            " WHERE table_schema = $1 AND table_name = $2 AND column_name = $3",
-            list(_names(column)),
-        ).fetchone()
     return row[0] if row else None
 
 

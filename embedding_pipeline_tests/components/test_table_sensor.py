@@ -70,3 +70,22 @@ def test_a_complete_column_is_checked_while_its_neighbour_is_paused(
     _, why = project.tick(project.sensor("docs"))
     assert "embedding_4: nothing pending" in why
     assert "other_4: paused since" in why
+
+
+def test_a_tick_with_nothing_to_do_takes_five_statements_a_column(
+    project: DagsterProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten of them made a tick of eight columns 80 ms long, with the same rows 30 ms now."""
+    project.settle(project.sensor("docs"))
+    statements: list[Any] = []
+    execute = psycopg.RawCursor.execute
+
+    def noted(cursor: Any, query: Any, *arguments: Any, **options: Any) -> Any:
+        statements.append(query)
+        return execute(cursor, query, *arguments, **options)
+
+    monkeypatch.setattr(psycopg.RawCursor, "execute", noted)
+    _, why = project.tick(project.sensor("docs"))
+    assert why == "embedding_4: nothing pending; other_4: nothing pending"
+    # of the table: what is due for evaluation
+    assert len(statements) == 5 * 2 + 1, statements
