@@ -202,7 +202,7 @@ def same_meaning(connection: Connection, column: Column, stored: str) -> bool:
     """
     with clone(connection, [column]) as temporary:
         written = []
-        for expression in (sql.SQL(stored), column.expected):
+        for expression in (sql.SQL(stored), column.definition):
             try:
                 with connection.transaction():
                     connection.execute(

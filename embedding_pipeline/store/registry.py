@@ -205,7 +205,7 @@ def agrees(
 
 def rendered(connection: Connection, column: Column) -> str:
     """The expected-expression as the registry keeps it."""
-    return column.expected.as_string(connection)
+    return column.definition.as_string(connection)
 
 
 def bill_of(connection: Connection, column: Column, cost: Cost | None = None) -> str:

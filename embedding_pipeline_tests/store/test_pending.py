@@ -146,6 +146,65 @@ def test_python_and_sql_agree_on_what_is_blank(connection: Connection, column: C
     assert {row[0] for row in rows} == {point for point in points if chr(point).isspace()}
 
 
+def test_what_is_asked_of_each_row_means_what_the_registry_keeps(
+    connection: Connection, column: Column
+) -> None:
+    """`expected` looks at the first character first; `definition` is the same in plain words."""
+    edges = ["", "a", "a ", " a", "\u3000", "\u3000ß", "\x85 \t", "ß\u2028", "𝄞", " " * 3000 + "x"]
+    texts = [None, *edges, *(a + b for a in edges for b in edges)]
+    for number, text in enumerate(texts):
+        connection.execute("INSERT INTO docs (id, body) VALUES ($1, $2)", [100 + number, text])
+
+    rows = connection.execute(
+        sql.SQL("SELECT body, {}, {} FROM docs WHERE id >= 100").format(
+            column.expected, column.definition
+        )
+    ).fetchall()
+
+    assert len(rows) == len(texts)
+    for text, asked, kept in rows:
+        assert asked == kept, repr(text)
+        assert (kept is None) == (text is None or not text.strip()), repr(text)
+
+
+@pytest.mark.parametrize(
+    ("body", "vector", "fingerprint", "is_pending"),
+    [
+        ("text", "vector", "its own", False),
+        ("text", "vector", "another", True),
+        ("text", "vector", None, True),
+        ("text", None, "its own", True),
+        ("text", None, "another", True),
+        ("text", None, None, True),
+        (" ", None, None, False),
+        (" ", "vector", None, True),
+        (" ", None, "another", True),
+        (" ", "vector", "another", True),
+    ],
+)
+def test_a_row_is_pending_unless_vector_and_fingerprint_are_what_its_text_calls_for(
+    connection: Connection,
+    column: Column,
+    body: str,
+    vector: str | None,
+    fingerprint: str | None,
+    is_pending: bool,
+) -> None:
+    connection.execute("DELETE FROM docs")
+    connection.execute("INSERT INTO docs (id, body) VALUES (1, $1)", [body])
+    stored = {"its own": column.expected, "another": sql.SQL("md5('x')::uuid")}
+    connection.execute(
+        sql.SQL("UPDATE docs SET embedding_4_fingerprint = {}, embedding_4 = {}").format(
+            stored.get(fingerprint or "", sql.SQL("NULL")),
+            sql.SQL("'[1,2,3,4]'" if vector else "NULL"),
+        )
+    )
+
+    counted = count_kinds(connection, column)
+
+    assert counted.pending == is_pending
+
+
 # ---- which partition -------------------------------------------------------------------------
 
 ODD_TEXTS = [None, "", " ", "a,b", "a%2Cb", "(null)", "(empty)", "x...y", "\x01", "'; --", '"', "ß"]
