@@ -69,7 +69,7 @@ class Flow:
         """Rows that were handed on and of which it is not known yet what became of them."""
         self.most_outstanding = max(MOST_OUTSTANDING, 4 * options.batch_size * options.concurrency)
         self.failure: Exception | None = None
-        self._changed = asyncio.Condition()
+        self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
     @property
     def ending(self) -> bool:
@@ -85,20 +85,32 @@ class Flow:
         self.outcome.partitions[partition].read += 1
         self.outstanding += 1
 
-    async def settle(self, rows: int) -> None:
+    def settle(self, rows: int) -> None:
         """It is known what became of so many rows."""
-        async with self._changed:
-            self.outstanding -= rows
-            self._changed.notify_all()
+        self.outstanding -= rows
+        self._wake()
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Until the condition holds or the run has failed; looked at whenever rows settle."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: condition() or self.failure is not None)
+        while not condition() and self.failure is None:
+            woken = asyncio.get_running_loop().create_future()
+            self._waiting.append((condition, woken))
+            await woken
 
-    async def fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         """The first failure is the run's."""
-        async with self._changed:
-            if self.failure is None:
-                self.failure = error
-            self._changed.notify_all()
+        if self.failure is None:
+            self.failure = error
+        self._wake()
+
+    def _wake(self) -> None:
+        """Only those whose condition holds: as many wait as there are batches in flight."""
+        still: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        for condition, woken in self._waiting:
+            if woken.done():
+                continue  # cancelled
+            if self.failure is not None or condition():
+                woken.set_result(None)
+            else:
+                still.append((condition, woken))
+        self._waiting = still

@@ -12,37 +12,40 @@ from embedding_pipeline.store.reconnecting import ReconnectingConnection
 from embedding_pipeline.store.writer import Writer, Written
 
 
+WRITERS = 2
+"""Connections that write side by side: while one waits for the disk, the other has the server."""
+
+
 class Recorder:
-    """Writes what is ready, in batches of the adaptive size, over one connection."""
+    """Writes what is ready, in batches of the adaptive size."""
 
     def __init__(self, url: str, flow: Flow, most_refused: int | None) -> None:
         self.url, self.flow, self.most_refused = url, flow, most_refused
         self.column, self.outcome = flow.column, flow.outcome
-        self.writer = Writer(flow.column)
 
     async def write(self) -> None:
-        """Write until there is no more.
+        """Write until there is no more; one of `WRITERS` that take from the same queue.
 
         After an error of its own it goes on taking, so that nobody waits for it.
         """
-        connection = ReconnectingConnection(self.url)
+        connection, writer = ReconnectingConnection(self.url), Writer(self.column)
         failed = False
         try:
-            async for batch in self._ready():
+            async for batch in self._ready(writer):
                 if failed:
                     continue
                 try:
                     self.flow.check()
-                    await self._write_batch(connection, batch)
+                    await self._write_batch(connection, writer, batch)
                 except Exception as error:  # noqa: BLE001 - handed to the run, which raises it
                     failed = True
-                    await self.flow.fail(error)
+                    self.flow.fail(error)
         finally:
             await connection.close()
 
-    async def _ready(self) -> AsyncIterator[list[Write]]:
+    async def _ready(self, writer: Writer) -> AsyncIterator[list[Write]]:
         """Whatever is there when the last batch is written, without waiting for more."""
-        writes, writer = self.flow.writes, self.writer
+        writes = self.flow.writes
         ready: list[Write] = []
         ended = False
         while ready or not ended:
@@ -56,27 +59,29 @@ class Recorder:
                 batch, ready = ready[: writer.batch_rows], ready[writer.batch_rows :]
                 yield batch
 
-    async def _write_batch(self, connection: ReconnectingConnection, batch: list[Write]) -> None:
+    async def _write_batch(
+        self, connection: ReconnectingConnection, writer: Writer, batch: list[Write]
+    ) -> None:
         refused = [item for item in batch if item.error]
         rows = [item for item in batch if not item.error]
         if rows:
             staged = [item.row for item in rows]
-            self._count(rows, await connection.run(lambda c: self.writer.write(c, staged)))
+            self._count(rows, await connection.run(lambda c: writer.write(c, staged)))
         if refused:
-            self._count(refused, await connection.run(lambda c: self._refuse(c, refused)))
-            await self._stop_for_refusals(refused[-1].error)
+            self._count(refused, await connection.run(lambda c: self._refuse(c, writer, refused)))
+            self._stop_for_refusals(refused[-1].error)
         for item in batch:
             if item.batch is not None:
                 item.batch.unwritten -= 1
-        await self.flow.settle(len(batch))
+        self.flow.settle(len(batch))
 
     async def _refuse(
-        self, connection: "psycopg.AsyncConnection[Any]", refused: list[Write]
+        self, connection: "psycopg.AsyncConnection[Any]", writer: Writer, refused: list[Write]
     ) -> Written:
         """Quarantine rows, and clear what they hold: a vector of the text before would make
         search find them by words that they no longer have."""
         async with connection.transaction():
-            result = await self.writer.write(connection, [item.row for item in refused])
+            result = await writer.write(connection, [item.row for item in refused])
             refusals = [
                 Refusal(item.row.key, item.row.fingerprint, item.error)
                 for position, item in enumerate(refused)
@@ -86,10 +91,10 @@ class Recorder:
             await quarantine(connection, self.column, refusals)
         return result
 
-    async def _stop_for_refusals(self, words: str) -> None:
+    def _stop_for_refusals(self, words: str) -> None:
         total = self.outcome.total.quarantined
         if self.most_refused is not None and total > self.most_refused:
-            await self.flow.fail(
+            self.flow.fail(
                 PipelineError(
                     f"{self.column}: the provider refused {total} rows, which brings the "
                     f"quarantined ones past max_quarantined_share; the latest says: {words}"

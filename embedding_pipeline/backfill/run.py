@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from embedding_pipeline.backfill.flow import Flow
 from embedding_pipeline.backfill.outcome import BackfillError, Options, Outcome, Progress
 from embedding_pipeline.backfill.reading import Reader
-from embedding_pipeline.backfill.recording import Recorder
+from embedding_pipeline.backfill.recording import WRITERS, Recorder
 from embedding_pipeline.backfill.sending import Sender
 from embedding_pipeline.brakes import Brake, NoBrake
 from embedding_pipeline.embedders import Embedder
@@ -34,20 +34,21 @@ class _Run:
         flow = self.flow
         reporter = asyncio.create_task(self._report_now_and_then())
         workers = [asyncio.create_task(self.sender.work()) for _ in range(flow.options.concurrency)]
-        recorder = asyncio.create_task(self.recorder.write())
+        recorders = [asyncio.create_task(self.recorder.write()) for _ in range(WRITERS)]
         try:
             try:
                 await self.reader.read()
             except Exception as error:  # noqa: BLE001 - raised below, after the queues drained
-                await flow.fail(error)
+                flow.fail(error)
             await self.sender.end(len(workers))
             await asyncio.gather(*workers)
-            await flow.writes.put(None)
-            await recorder
+            for _ in recorders:
+                await flow.writes.put(None)
+            await asyncio.gather(*recorders)
         finally:
-            for task in (reporter, recorder, *workers):
+            for task in (reporter, *recorders, *workers):
                 task.cancel()
-            await asyncio.gather(reporter, recorder, *workers, return_exceptions=True)
+            await asyncio.gather(reporter, *recorders, *workers, return_exceptions=True)
             await flow.brake.close()
             flow.outcome.seconds = time.monotonic() - self.started
         self._report()
@@ -100,7 +101,8 @@ async def backfill(
     """Bring the pending rows of some partitions of a column up to date.
 
     Args:
-        url: Postgres connection string; two connections are used, and the brake's.
+        url: Postgres connection string; a connection that reads and `WRITERS` that write are used, and the
+            brake's.
         column: the column, bound to its table.
         partitions: partition keys; rows of others are not touched.
         embedder: gives float32 vectors of the column's width; started already, closed by the

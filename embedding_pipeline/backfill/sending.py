@@ -54,13 +54,13 @@ class Sender:
         batch, self._batch = self._batch, Batch()
         waiting = batch.inputs
         if self.outcome.held:
-            await self._abandon(waiting)
+            self._abandon(waiting)
             return
         while waiting:
             afforded = await self._affordable(waiting)
             if not afforded.inputs:
                 self._stop_for_cost()
-                await self._abandon(waiting)
+                self._abandon(waiting)
                 return
             waiting = waiting[len(afforded.inputs) :]
             self._batches_out += 1
@@ -155,7 +155,7 @@ class Sender:
             try:
                 await self._embed(batch)
             except Exception as error:  # noqa: BLE001 - handed to the run, which raises it
-                await self.flow.fail(error)
+                self.flow.fail(error)
             await self.flow.wait_until(partial(_is_written, batch))
 
     async def _embed(self, batch: Batch) -> None:
@@ -163,7 +163,7 @@ class Sender:
         if reservation is None:
             self._reserved_tokens -= batch.tokens
             self._batches_out -= 1
-            await self._abandon(batch.inputs)
+            self._abandon(batch.inputs)
             return
         self._asking += 1
         cost = 0.0
@@ -218,7 +218,7 @@ class Sender:
         if writes:
             batch.unwritten = len(writes)
             await flow.writes.put(writes)
-        await self._abandon(unfinished)
+        self._abandon(unfinished)
 
     def _account(self, batch: Batch, result: EmbedResult) -> None:
         outcome = self.outcome
@@ -230,11 +230,11 @@ class Sender:
         self._reserved_tokens -= batch.tokens
         self._batches_out -= 1
 
-    async def _abandon(self, inputs: Sequence[Waiting]) -> None:
+    def _abandon(self, inputs: Sequence[Waiting]) -> None:
         """Let rows go without a vector: they stay pending."""
         for waiting in inputs:
             self.flow.flying.pop(waiting.fingerprint, None)
-        await self.flow.settle(sum(len(waiting.rows) for waiting in inputs))
+        self.flow.settle(sum(len(waiting.rows) for waiting in inputs))
 
 
 def _is_written(batch: Batch) -> bool:
