@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
-from uuid import UUID
 
 import numpy as np
 import psycopg
@@ -15,7 +14,7 @@ from embedding_pipeline.store.catalogue import bind_columns
 from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import connect_async
 from embedding_pipeline.store.migrate import migrate
-from embedding_pipeline.store.pending import SETTINGS, PendingRow, page_query
+from embedding_pipeline.store.pending import SETTINGS, PendingRow, page_query, pending_rows
 from embedding_pipeline_tests.faults.server import vector_for
 
 Connection = psycopg.Connection[Any]
@@ -125,7 +124,7 @@ def pages(
         with connection.transaction():
             connection.execute(SETTINGS)
             rows = connection.execute(*page_query(column, partition, after, limit)).fetchall()
-        page = [PendingRow(tuple(k), tuple(p), text, fp) for k, p, text, fp in rows]
+        page = pending_rows(rows)
         if not page:
             return found
         found.append(page)
@@ -137,10 +136,10 @@ def pending_keys(connection: Connection, column: Column, partition: str) -> list
     return [row.key for page in pages(connection, column, partition) for row in page]
 
 
-def fingerprints(connection: Connection, column: Column) -> Mapping[str, UUID | None]:
+def fingerprints(connection: Connection, column: Column) -> Mapping[str, bytes | None]:
     """First key column as text → the fingerprint that the row calls for."""
     rows = connection.execute(
-        sql.SQL("SELECT {}::text, {} FROM {}").format(
+        sql.SQL("SELECT {}::text, uuid_send({}) FROM {}").format(
             sql.Identifier(column.table.key_columns[0]), column.expected, column.relation
         )
     ).fetchall()

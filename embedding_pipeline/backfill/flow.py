@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from uuid import UUID
+from typing import NamedTuple
 
 from embedding_pipeline.backfill.memory import Memory
 from embedding_pipeline.backfill.outcome import Counts, Options, Outcome
@@ -20,7 +20,7 @@ class Waiting:
     """An input on its way to the provider and the rows (partition, key) that wait for it."""
 
     text: str
-    fingerprint: UUID
+    fingerprint: bytes
     rows: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
 
 
@@ -35,8 +35,7 @@ class Batch:
     """Rows that the provider has answered for and that are not in the table yet."""
 
 
-@dataclass(slots=True)
-class Write:
+class Write(NamedTuple):
     """A row for the table: with a vector, to be cleared, or (with an error) to quarantine."""
 
     partition: str
@@ -63,7 +62,7 @@ class Flow:
         self.outcome = Outcome({key: Counts() for key in partitions})
         self.memory = Memory(column.embedding.dimensions)
         self.writes: asyncio.Queue[list[Write] | None] = asyncio.Queue(options.concurrency * 2)
-        self.flying: dict[UUID, Waiting] = {}
+        self.flying: dict[bytes, Waiting] = {}
         """Texts between reader and provider's answer: another row of the same text joins them."""
         self.outstanding = 0
         """Rows that were handed on and of which it is not known yet what became of them."""

@@ -3,7 +3,6 @@
 import asyncio
 from functools import partial
 from typing import Any
-from uuid import UUID
 
 import psycopg
 
@@ -118,7 +117,7 @@ class Reader:
 
     async def _recall(
         self, connection: ReconnectingConnection, page: list[PendingRow]
-    ) -> dict[UUID, Vector]:
+    ) -> dict[bytes, Vector]:
         """Vectors that the column has already for these rows' texts, as far as not at hand.
 
         Of texts that this run has paid for and forgotten; with `reuse: true`, of any.
@@ -130,7 +129,7 @@ class Reader:
             for fingerprint in memory.page
             if memory.vector(fingerprint) is None and fingerprint not in self.flow.flying
         }
-        fingerprints: list[UUID] = list(wanted)
+        fingerprints: list[bytes] = list(wanted)
         places: list[tuple[str, ...]] | None = None
         if not self.column.embedding.reuse:
             known = {each: place for each in wanted if (place := memory.place(each)) is not None}
@@ -140,28 +139,27 @@ class Reader:
         return await connection.run(lambda c: stored_vectors(c, self.column, fingerprints, places))
 
     async def _hand_on(
-        self, partition: str, page: list[PendingRow], recalled: dict[UUID, Vector]
+        self, partition: str, page: list[PendingRow], recalled: dict[bytes, Vector]
     ) -> None:
         """Give rows to the writer where nothing is to be embedded, else to the provider."""
         flow, memory = self.flow, self.flow.memory
         if flow.outstanding >= flow.most_outstanding:
             await self.sender.flush()
             await flow.wait_until(lambda: flow.outstanding < flow.most_outstanding)
-        # most rows are in none of these, and a UUID is hashed in Python
         refused, given_up = memory.refused, memory.given_up
         ready: list[Write] = []
         for row in page:
             fingerprint = row.fingerprint
             if fingerprint is None or row.text is None:
                 ready.append(Write(partition, StagedRow(row.key, None, None), "cleared"))
-            elif refused and (error := refused.get(fingerprint)) is not None:
+            elif (error := refused.get(fingerprint)) is not None:
                 staged = StagedRow(row.key, fingerprint, None)
                 ready.append(Write(partition, staged, "quarantined", error))
-            elif recalled and (vector := recalled.get(fingerprint)) is not None:
+            elif (vector := recalled.get(fingerprint)) is not None:
                 ready.append(Write(partition, StagedRow(row.key, fingerprint, vector), "reused"))
             elif (known := memory.vector(fingerprint)) is not None:
                 ready.append(Write(partition, StagedRow(row.key, fingerprint, known[0]), known[1]))
-            elif not given_up or fingerprint not in given_up:
+            elif fingerprint not in given_up:
                 await self.sender.add(partition, row.key, fingerprint, row.text)
                 continue
             else:
@@ -173,4 +171,8 @@ class Reader:
 
 def _bytes(page: list[PendingRow]) -> int:
     """Of text, as the database counts them."""
-    return sum(len(row.text.encode()) for row in page if row.text is not None)
+    return sum(
+        len(text) if text.isascii() else len(text.encode())
+        for row in page
+        if (text := row.text) is not None
+    )

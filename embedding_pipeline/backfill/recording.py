@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from typing import Any
+from uuid import UUID
 
 import psycopg
 
@@ -10,7 +11,6 @@ from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.store.quarantine import Refusal, quarantine
 from embedding_pipeline.store.reconnecting import ReconnectingConnection
 from embedding_pipeline.store.writer import Writer, Written
-
 
 WRITERS = 2
 """Connections that write side by side: while one waits for the disk, the other has the server."""
@@ -83,7 +83,7 @@ class Recorder:
         async with connection.transaction():
             result = await writer.write(connection, [item.row for item in refused])
             refusals = [
-                Refusal(item.row.key, item.row.fingerprint, item.error)
+                Refusal(item.row.key, UUID(bytes=item.row.fingerprint), item.error)
                 for position, item in enumerate(refused)
                 if item.row.fingerprint is not None
                 and position in result.written | result.unchanged

@@ -101,8 +101,8 @@ async def backfill(
     """Bring the pending rows of some partitions of a column up to date.
 
     Args:
-        url: Postgres connection string; a connection that reads and `WRITERS` that write are used, and the
-            brake's.
+        url: Postgres connection string; one connection reads and `WRITERS` write, and the brake
+            has its own.
         column: the column, bound to its table.
         partitions: partition keys; rows of others are not touched.
         embedder: gives float32 vectors of the column's width; started already, closed by the

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
-from uuid import UUID
 
 from embedding_pipeline.backfill.flow import Batch, Flow, Waiting, Write
 from embedding_pipeline.backfill.outcome import TOO_DEAR
@@ -32,7 +31,9 @@ class Sender:
 
     # ---- packing -----------------------------------------------------------------------------
 
-    async def add(self, partition: str, key: tuple[str, ...], fingerprint: UUID, text: str) -> None:
+    async def add(
+        self, partition: str, key: tuple[str, ...], fingerprint: bytes, text: str
+    ) -> None:
         """A row whose text is to be embedded; equal texts on their way are one input."""
         if self._too_dear or self.outcome.held:
             return
@@ -193,7 +194,8 @@ class Sender:
         counts = flow.outcome.partitions
         writes: list[Write] = []
         unfinished: list[Waiting] = []
-        for index, waiting in enumerate(batch.inputs):
+        known = zip(batch.inputs, result.done.tolist(), result.vectors, strict=True)
+        for index, (waiting, done, vector) in enumerate(known):
             fingerprint = waiting.fingerprint
             flow.flying.pop(fingerprint, None)
             if (error := result.refused.get(index)) is not None:
@@ -202,9 +204,7 @@ class Sender:
                     Write(key, StagedRow(row, fingerprint, None), "quarantined", error, batch)
                     for key, row in waiting.rows
                 ]
-            elif result.done[index]:
-                # a copy: a view would keep the whole response alive for as long as one row is
-                vector = result.vectors[index].copy()
+            elif done:
                 memory.unwritten.add(fingerprint)
                 memory.keep(fingerprint, vector)
                 for number, (key, row) in enumerate(waiting.rows):

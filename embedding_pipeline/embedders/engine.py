@@ -198,6 +198,9 @@ class ProviderEmbedder:
             self.endpoint.max_bytes_per_request,
         )
         packed = pack(list(job.inputs.weights.values()), limits)
+        if len(packed) == 1:
+            await self._piece(job, indices, History())
+            return
         async with asyncio.TaskGroup() as group:
             for positions in packed:
                 group.create_task(self._piece(job, [indices[p] for p in positions], History()))

@@ -10,6 +10,9 @@ from embedding_pipeline.embedders.packing import Weight
 from embedding_pipeline.embedders.port import Endpoint, Overlong
 from embedding_pipeline.embedders.tokens import TokenCounter
 
+LONGEST_CHARACTER = 6
+"""Bytes of JSON: `\\u0000`. UTF-8 takes four at most."""
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -34,11 +37,14 @@ class Inputs:
     weights: dict[int, Weight] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     truncated: list[int] = field(default_factory=list)
+    weigh_exactly: bool = True
+    """Whether bytes are counted as they are sent; else bounded, which costs nothing."""
 
     def put(self, index: int, text: str, tokens: int) -> None:
         """This text is sent for that index."""
         self.texts[index] = text
-        self.weights[index] = Weight(tokens, len(to_json(text)) + len(","))
+        size = len(to_json(text)) if self.weigh_exactly else _most_bytes(text)
+        self.weights[index] = Weight(tokens, size + len(","))
 
 
 def prepare(texts: Sequence[str], rules: Rules) -> Inputs:
@@ -46,7 +52,8 @@ def prepare(texts: Sequence[str], rules: Rules) -> Inputs:
 
     Blank texts are refused because OpenAI answers a whole request 400 for one of them.
     """
-    inputs = Inputs()
+    most = sum(map(_most_bytes, texts)) + len(texts) * len(rules.prefix + ",") * LONGEST_CHARACTER
+    inputs = Inputs(weigh_exactly=most > rules.endpoint.max_bytes_per_request)
     for index, text in enumerate(texts):
         if not text.strip():
             inputs.refused[index] = "not sent: the text is empty or blank"
@@ -105,7 +112,13 @@ def shorten(inputs: Inputs, index: int, words: str, rules: Rules) -> bool:
     return True
 
 
+def _most_bytes(text: str) -> int:
+    return LONGEST_CHARACTER * len(text) + len('""')
+
+
 def _has_half_a_pair(text: str) -> bool:
+    if text.isascii():
+        return False
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -13,9 +14,8 @@ class RequestLimits:
     bytes: int
 
 
-@dataclass(frozen=True)
-class Weight:
-    """What one text takes of a request: tokens (or an upper bound), bytes as JSON."""
+class Weight(NamedTuple):
+    """What one text takes of a request: tokens and bytes as JSON (either may be a bound)."""
 
     tokens: int
     bytes: int

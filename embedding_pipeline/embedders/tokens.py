@@ -5,10 +5,9 @@ import json
 import os
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -35,8 +34,7 @@ _WEIGHTS_BY_LEAD_BYTE = (
 )
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(NamedTuple):
     """A text as it is sent."""
 
     text: str
@@ -72,7 +70,8 @@ class TokenCounter:
         UTF-8 (also after WordPiece's NFD normalisation: a Hangul syllable is 3 bytes and at most
         3 letters).
         """
-        return len(text.encode("utf-8", "surrogatepass")) + self._special
+        size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+        return size + self._special
 
     def roughly(self, text: str) -> int:
         """The estimate, whether or not the tokenizer is at hand: costs a microsecond."""

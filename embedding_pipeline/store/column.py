@@ -137,7 +137,7 @@ class Column:
             # the whole text is copied to be stripped (3 to 8 µs a kB): only of one that begins
             # with a blank. "C", for a user's collation may not take part in a search
             sql.SQL(
-                "(strpos({blanks}, left(({text})::text, 1) COLLATE \"C\") = 0 OR {not_blank})"
+                '(strpos({blanks}, left(({text})::text, 1) COLLATE "C") = 0 OR {not_blank})'
             ).format(blanks=BLANKS_SQL, text=self.text, not_blank=self._not_blank)
         )
 

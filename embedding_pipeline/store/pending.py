@@ -1,9 +1,8 @@
 """Reading and counting pending rows, at a cost of what is pending, not of what is stored."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-from uuid import UUID
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import sql
@@ -20,14 +19,14 @@ SETTINGS = sql.SQL("; ").join([PLANNER, SESSION])
 """For every transaction here: the pending index is used, and keys are written in one way only."""
 
 
-@dataclass(frozen=True, slots=True)
-class PendingRow:
+class PendingRow(NamedTuple):
     """A row to bring up to date. `text` and `fingerprint` are None when its vector must go."""
 
     key: tuple[str, ...]
     position: tuple[str, ...]
     text: str | None
-    fingerprint: UUID | None
+    fingerprint: bytes | None
+    """The uuid's 16 bytes: a `UUID` is hashed in Python each time that a run looks a row up."""
 
 
 @dataclass(frozen=True)
@@ -124,15 +123,24 @@ def page_query(
         seek = sql.SQL(" AND ({}) > ({})").format(_commas(position), _commas(bounds))
     parameters.append(limit)
     query = sql.SQL(
-        "SELECT ARRAY[{keys}], ARRAY[{position}], row_text, row_fingerprint FROM ("
+        "SELECT {keys}, {position}, row_text, uuid_send(row_fingerprint) FROM ("
         " SELECT *, sum(row_bytes) OVER (ORDER BY {page_order} ROWS UNBOUNDED PRECEDING)"
         "  AS page_bytes FROM (SELECT *, coalesce(octet_length(row_text), 0) AS row_bytes FROM ("
         "  SELECT * FROM ({source} WHERE {pending} AND {condition}) AS rows"
         "  WHERE {allowed}{seek} ORDER BY {order} LIMIT {limit}) AS page) AS weighed)"
         " AS measured WHERE page_bytes - row_bytes <= {most} ORDER BY {page_order}"
     ).format(
-        keys=_as_text(keys),
-        position=_as_text(position),
+        # named: ORDER BY would take a column of the same name for the text
+        keys=_commas(
+            [
+                sql.SQL("{}::text AS {}").format(key, sql.Identifier(f"page_key_{i}"))
+                for i, key in enumerate(keys)
+            ]
+        ),
+        # elsewhere it is the key once more
+        position=(
+            sql.SQL("ARRAY[{}]").format(_as_text(position)) if position is order else sql.NULL
+        ),
         source=rows_source(
             column,
             sql.SQL("({})::text AS row_text, {} AS row_partition").format(
@@ -172,7 +180,17 @@ async def read_page(
         await connection.execute(SETTINGS)
         cursor = await connection.execute(query, parameters)
         rows = await cursor.fetchall()
-    return [PendingRow(tuple(key), tuple(position), text, fp) for key, position, text, fp in rows]
+    return pending_rows(rows)
+
+
+def pending_rows(rows: Iterable[tuple[Any, ...]]) -> list[PendingRow]:
+    """What `page_query` found."""
+    found = []
+    for row in rows:
+        key, (position, text, fingerprint) = row[:-3], row[-3:]
+        at = key if position is None else tuple(position)
+        found.append(PendingRow(key, at, text, fingerprint))
+    return found
 
 
 def partition_counts_query(column: Column) -> sql.Composed:
@@ -317,10 +335,7 @@ def sample_pending(
         connection.execute(SETTINGS)
         for partition in partitions:
             found = connection.execute(*page_query(column, partition, None, each))
-            rows += [
-                PendingRow(tuple(key), tuple(position), text, fingerprint)
-                for key, position, text, fingerprint in found
-            ]
+            rows += pending_rows(found)
             if len(rows) >= most:
                 break
     return rows

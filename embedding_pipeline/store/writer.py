@@ -14,7 +14,7 @@ in the catalogue, and no TEMP privilege.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import numpy as np
@@ -32,8 +32,7 @@ SMALLEST_BATCH, LARGEST_BATCH = 16, 256
 everything in a batch waits for the last of it."""
 
 
-@dataclass(frozen=True, slots=True)
-class StagedRow:
+class StagedRow(NamedTuple):
     """A key, the fingerprint that its text must still call for, and what to write then.
 
     With a vector (float32, the column's width) vector and fingerprint are written; without one
@@ -41,7 +40,8 @@ class StagedRow:
     """
 
     key: tuple[str, ...]
-    fingerprint: UUID | None
+    fingerprint: bytes | None
+    """The uuid's 16 bytes."""
     vector: "np.ndarray[Any, np.dtype[np.float32]] | None"
 
 
@@ -68,7 +68,7 @@ class Writer:
         self.column = column
         self.batch_rows = 128
         self._write, self._existing = _statements(column)
-        self._vector_oid: int | None = None
+        self._known: tuple[int, bytes, bytes] | None = None
 
     async def write(
         self, connection: "psycopg.AsyncConnection[Any]", rows: Sequence[StagedRow]
@@ -79,27 +79,33 @@ class Writer:
         batch is harmless.
         """
         connection.adapters.register_dumper(_Binary, _BinaryDumper)
-        if self._vector_oid is None:
-            self._vector_oid = await self._find_vector_oid(connection)
+        if self._known is None:
+            self._known = (
+                await self._find_vector_oid(connection),
+                # put together once: that takes as long as sending a batch
+                self._write.as_bytes(connection),
+                self._existing.as_bytes(connection),
+            )
+        vector_oid, write, existing_query = self._known
         keys = [
             _array(_TEXT, [row.key[i].encode() for row in rows]) for i in range(len(rows[0].key))
         ]
-        fingerprints = [row.fingerprint.bytes if row.fingerprint else None for row in rows]
+        fingerprints = [row.fingerprint for row in rows]
         stored = [
             None if row.vector is None else fingerprint
             for row, fingerprint in zip(rows, fingerprints, strict=True)
         ]
-        vectors = _vectors(self._vector_oid, [row.vector for row in rows])
+        vectors = _vectors(vector_oid, [row.vector for row in rows])
         async with connection.transaction():
             await connection.execute(_PLANNER)
             parameters = [*keys, _array(_UUID, fingerprints), _array(_UUID, stored), vectors]
-            result = await (await connection.execute(self._write, parameters)).fetchone()
+            result = await (await connection.execute(write, parameters)).fetchone()
             assert result is not None
             held, wanted, written = map(frozenset, result[:3])
             free = frozenset(range(len(rows))) - held
             existing: frozenset[int] = frozenset()
             if free:
-                found = await (await connection.execute(self._existing, keys)).fetchone()
+                found = await (await connection.execute(existing_query, keys)).fetchone()
                 assert found is not None
                 existing = frozenset(found[0])
         self._adapt(len(rows), result[3])
@@ -294,18 +300,18 @@ def stored_vectors_query(column: Column, *, by_key: bool) -> sql.Composed:
 async def stored_vectors(
     connection: "psycopg.AsyncConnection[Any]",
     column: Column,
-    fingerprints: Sequence[UUID],
+    fingerprints: Sequence[bytes],
     places: Sequence[tuple[str, ...]] | None = None,
-) -> "dict[UUID, np.ndarray[Any, np.dtype[np.float32]]]":
+) -> "dict[bytes, np.ndarray[Any, np.dtype[np.float32]]]":
     """Fingerprint → vector, for those that the column holds; see `stored_vectors_query`."""
-    parameters: list[Any] = [list(fingerprints)]
+    parameters: list[Any] = [[UUID(bytes=each) for each in fingerprints]]
     if places is not None:
         parameters.append([json_key(key) for key in places])
     query = stored_vectors_query(column, by_key=places is not None)
     async with connection.transaction():
         await connection.execute("SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off")
         cursor = await connection.execute(query, parameters, binary=True)
-        return {fingerprint: _vector(data) for fingerprint, data in await cursor.fetchall()}
+        return {wanted.bytes: _vector(data) for wanted, data in await cursor.fetchall()}
 
 
 def _vector(data: bytes) -> "np.ndarray[Any, np.dtype[np.float32]]":

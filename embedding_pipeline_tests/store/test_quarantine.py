@@ -37,7 +37,7 @@ def refuse(
     database: str, connection: Connection, column: Column, *keys: str, error: str = "no"
 ) -> None:
     known = fingerprints(connection, column)
-    refusals = [Refusal((key,), known[key] or UUID(int=0), error) for key in keys]
+    refusals = [Refusal((key,), UUID(bytes=known[key] or bytes(16)), error) for key in keys]
     with_connection(database, lambda c: quarantine(c, column, refusals))
 
 
@@ -151,7 +151,7 @@ def test_keys_that_depend_on_the_session_are_recognised(
     (fingerprint,) = fingerprints(connection, column).values()
     assert fingerprint is not None
 
-    refusal = Refusal(key, fingerprint, "no")
+    refusal = Refusal(key, UUID(bytes=fingerprint), "no")
     with_connection(database, lambda c: quarantine(c, column, [refusal]))
 
     assert pending_keys(connection, column, "0") == []
