@@ -230,41 +230,7 @@ def client(task: Task) -> Callable[[], Result]:
     return work
 
 
-def model_inside(task: Task) -> Callable[[], Result]:
-    """The local model without a server."""
-    from embedding_pipeline.local.minilm import MiniLM
-
-    model = MiniLM()
-    model.embed(task["texts"][:8])
-
-    def work() -> Result:
-        return {"first": model.embed(task["texts"])[:8].tolist()}
-
-    return work
-
-
-def model_http(task: Task) -> Callable[[], Result]:
-    """The local model's server, through the product's own adapter."""
-    provider = Endpoint(name="tei", dialect="tei", base_url=task["address"], concurrency=8)
-    embedder = create_embedder(provider, endpoint.MODEL_TEI, 384)
-
-    async def ask() -> Result:
-        await embedder.start()
-        try:
-            await embedder.embed(task["texts"][:8])
-            began = time.perf_counter()
-            result = await embedder.embed(task["texts"])
-            seconds = time.perf_counter() - began
-        finally:
-            await embedder.aclose()
-        return {"first": result.vectors[:8].tolist(), "seconds": seconds}
-
-    return lambda: asyncio.run(ask())
-
-
 JOBS: dict[str, Job] = {
-    "model_inside": model_inside,
-    "model_http": model_http,
     "repeated": repeated,
     "core": core,
     "write_floor": write_floor,

@@ -125,16 +125,15 @@ def test_the_local_model_server_is_compared_with_itself(
     monkeypatch.delenv(model.REFERENCE, raising=False)
     [table] = model.local_model(lab, TINY)
     assert float(str(table.rows[0]["memory, MB"])) > 50
-    inside = table.rows[1]
-    assert inside["texts/s, of in-process"] == "1.00 ×"
-    assert float(str(inside["CPU-s / 100 texts"])) > 0
+    assert str(table.rows[0]["texts/s, of in-process"]).endswith(" ×")
+    assert table.rows[1]["texts/s, of in-process"] == "1.00 ×"
     # what was not measured says so
     assert [row["texts/s, of sentence-transformers"] for row in table.rows] == [None] * 3
     assert "sentence-transformers was not measured" in table.notes[-1]
 
 
 def test_other_vectors_than_the_server_s_end_the_model_part() -> None:
-    vectors = np.eye(4).tolist()
+    vectors = np.eye(4, dtype=np.float32)
     model._same(vectors, vectors, "itself")
     with pytest.raises(RuntimeError, match="the vectors of another are other ones"):
         model._same(vectors, vectors[::-1], "another")
