@@ -134,7 +134,10 @@ def build_hnsw(
     notices: list[str] = []
 
     def note(diagnostic: "psycopg.errors.Diagnostic") -> None:
-        notices.append(diagnostic.message_primary or "")
+        parts = (diagnostic.message_primary, diagnostic.message_detail, diagnostic.message_hint)
+        said = ". ".join(filter(None, parts))
+        notices.append(said)
+        report(f"{column}: Postgres says: {said}")  # at once: a graph on disk may take hours
 
     def build(workers: int) -> list[Statement]:
         settings = {

@@ -30,6 +30,18 @@ def set_up(connection: Connection, rows: int = 500, table: TableSpec | None = No
     return column
 
 
+def set_up_wide(connection: Connection) -> Column:
+    """Rows enough that a build takes a second or more."""
+    table = spec(embeddings=[embedding("embedding_384", 384)])
+    create_docs(connection, 3000)
+    migrate.migrate(connection, [table])
+    connection.execute(
+        "UPDATE docs SET embedding_384 = (SELECT array_agg(sin(id * n)) FROM"
+        " generate_series(1, 384) AS n)::vector"
+    )
+    return bind_columns(connection, table)[0]
+
+
 def fill(connection: Connection, column: Column) -> None:
     schema = column.facts.vector_schema
     connection.execute(
@@ -66,17 +78,27 @@ def test_a_built_index_finds_the_nearest_rows(connection: Connection) -> None:
     assert nearest(connection, through_index=True) == nearest(connection, through_index=False)
 
 
+def test_a_graph_that_outgrows_its_memory_says_so_while_it_is_built(
+    connection: Connection,
+) -> None:
+    """Such a build takes many times as long, and what helps is the server's to set."""
+    column = set_up_wide(connection)
+    connection.execute("SET maintenance_work_mem = '4MB'")
+    said: list[str] = []
+    done = indexes.build_hnsw(
+        connection, column, report=said.append, parallel_workers=0, maintenance_work_mem="4MB"
+    )
+    assert done.built
+    [heard] = [line for line in said if "no longer fits into maintenance_work_mem" in line]
+    assert heard.startswith("docs.embedding_384: Postgres says: ")
+    assert "Increase maintenance_work_mem" in heard
+    assert done.notices in heard
+
+
 def test_how_far_a_build_is_can_be_seen_while_it_runs(
     database: str, connection: Connection
 ) -> None:
-    table = spec(embeddings=[embedding("embedding_384", 384)])
-    create_docs(connection, 3000)
-    migrate.migrate(connection, [table])
-    column = bind_columns(connection, table)[0]
-    connection.execute(
-        "UPDATE docs SET embedding_384 = (SELECT array_agg(sin(id * n)) FROM"
-        " generate_series(1, 384) AS n)::vector"
-    )
+    column = set_up_wide(connection)
     shares: list[int] = []
 
     def see() -> bool:
