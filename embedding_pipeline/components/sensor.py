@@ -38,8 +38,9 @@ from embedding_pipeline.store.pending import count_by_partition
 from embedding_pipeline.store.results import note_pending
 
 INTERVAL_SECONDS = 3
-"""The daemon looks at its sensors every 5 s, each look a few ms earlier or later in the round than
-the last. With an interval of 5 every other look came too early, and a tick was left out."""
+"""Shorter than the 5 s after which the daemon looks at its sensors again. It looks at them in
+another order each time, and one that it comes to earlier than 5 s after its last tick would wait
+for the look after that."""
 BINDING_SECONDS = 300.0
 UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,

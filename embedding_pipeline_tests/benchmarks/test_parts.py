@@ -20,6 +20,7 @@ from benchmarks.parts import (
     whole_run,
 )
 from benchmarks.parts.dagster_share import clean_environment
+from benchmarks.parts.freshness_steps import STEPS
 from benchmarks.sizes import FULL, QUICK, TINY, Sizes, changed
 from embedding_pipeline.store.connection import connect
 
@@ -145,6 +146,9 @@ def test_a_commit_is_followed_to_search(lab: Lab) -> None:
     [table] = freshness.freshness(lab, changed(TINY, {"freshness_commits": 1}))
     [row] = table.rows
     assert row["commits"] == 1
+    steps = [row[step] for step in STEPS]
+    assert all(isinstance(step, float) and step >= 0 for step in steps)
+    assert sum(map(float, map(str, steps))) == pytest.approx(float(str(row["median, s"])), abs=1)
 
 
 def test_a_limited_endpoint_is_measured_with_every_limiter(
