@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import psycopg
+from psycopg import sql
 
 from benchmarks import corpus, endpoint
 from benchmarks.lab import TABLE, column_of
@@ -127,12 +128,14 @@ def repeated(task: Task) -> Callable[[], Result]:
 def write_floor(task: Task) -> Callable[[], Result]:
     """The least that writing vectors takes: staged binary COPY and one UPDATE, no questions asked.
 
-    Vectors are at hand; no fingerprint is compared and no row is locked first.
+    Vectors are at hand; no fingerprint is compared, no row is locked first and no pending index is
+    kept.
     """
     column = column_of(task["url"], TableSpec.model_validate(task["spec"]))
     dimensions = column.embedding.dimensions
     with connect(task["url"]) as connection:
         rows = connection.execute(f"SELECT id, body FROM {TABLE} ORDER BY id".encode()).fetchall()
+        connection.execute(sql.SQL("DROP INDEX {}").format(sql.Identifier(column.pending_index)))
     keys = np.array([key for key, _ in rows], dtype=">i8")
     data = [text.encode() for _, text in rows]
     chosen = np.array([corpus.base_of(item) for item in data])

@@ -20,7 +20,8 @@ from embedding_pipeline.store.catalogue import bind_columns
 from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.connection import connect
 from embedding_pipeline.store.indexes import build_hnsw
-from embedding_pipeline.store.pending import page_query, partition_counts_query
+from embedding_pipeline.store.pending import count_kinds, page_query, partition_counts_query
+from embedding_pipeline_tests.rows import fill, make_column
 from embedding_pipeline_tests.sessions import as_role, open_transaction, value, wait_until
 from embedding_pipeline_tests.tables import create_docs, embedding, spec
 
@@ -465,6 +466,31 @@ def test_a_build_that_waits_says_for_whom_and_blocks_nobody(
     running.result()
 
     assert indexes(connection)["docs_embedding_4_pending"]
+
+
+def test_an_index_of_an_earlier_version_is_replaced_and_no_row_becomes_pending(
+    connection: Connection,
+) -> None:
+    """Pending was asked in other words once; the registry keeps what it has always kept."""
+    create_docs(connection)
+    column = make_column(connection, spec())
+    fill(connection, column)
+    earlier = sql.SQL("({} IS DISTINCT FROM {} OR ({} IS NULL) <> (({}) IS NULL))").format(
+        column.fingerprint, column.definition, column.vector, column.definition
+    )
+    connection.execute("DROP INDEX docs_embedding_4_pending")
+    connection.execute(
+        sql.SQL("CREATE INDEX docs_embedding_4_pending ON docs (tenant, id) WHERE {}").format(
+            earlier
+        )
+    )
+
+    statements = migrate.migrate(connection, [spec()])
+
+    assert any("CREATE INDEX CONCURRENTLY" in each.sql for each in statements)
+    assert indexes(connection)["docs_embedding_4_pending"] is True
+    assert migrate.plan(connection, [spec()]) == []
+    assert count_kinds(connection, column).pending == 0
 
 
 def test_an_index_that_a_cancelled_build_left_invalid_is_built_again(
