@@ -28,9 +28,6 @@ from embedding_pipeline.store.indexes import build_hnsw
 
 WIDTH = 8
 """Narrow: the index of a million rows is built in a minute, and the way is the same."""
-GRAPH_MEMORY = "2GB"
-"""700,000 rows filled the 512 MB that a build takes by itself; the others went in one by one, many
-times slower."""
 PATIENCE_SECONDS = 120.0
 QUIET_SECONDS = 12.0
 
@@ -46,7 +43,7 @@ def freshness(lab: Lab, sizes: Sizes) -> list[Table]:
         )  # fmt: skip
         with connect(url) as connection:
             column = bind_columns(connection, spec)[0]
-            build_hnsw(connection, column, maintenance_work_mem=GRAPH_MEMORY)
+            build_hnsw(connection, column)
 
     taken: list[float] = []
     steps: list[list[float]] = []

@@ -35,6 +35,9 @@ _ROW_BYTES = 100  # of a pending index: a generous guess for partition and key
 
 OLD_SNAPSHOT_SECONDS = 10
 
+SMALLEST_BUILD_BYTES = 64 * 1024**2
+"""Of `maintenance_work_mem`, whatever the table: Postgres's own default."""
+
 WORN_BYTES = 8 * 1024 * 1024
 """A smaller HNSW index is not worth replacing."""
 WORN_RATIO = 1.7
@@ -65,6 +68,8 @@ class IndexReport:
     rows: int
     parallel: bool = False
     """Whether parallel workers were asked for; the server may still have granted none."""
+    memory_mb: int = 0
+    """`maintenance_work_mem` of a build."""
     notices: str = ""
     """What Postgres said meanwhile, such as that the graph no longer fitted into memory."""
 
@@ -104,7 +109,7 @@ def build_hnsw(
     column: Column,
     *,
     report: Report = quiet,
-    maintenance_work_mem: str = "512MB",
+    maintenance_work_mem: str | None = None,
     parallel_workers: int = 2,
     patience: float = ddl.PATIENCE_SECONDS,
 ) -> IndexReport:
@@ -112,8 +117,8 @@ def build_hnsw(
 
     A valid one is left alone, under whatever name, unless most of it is dead rows (`is_worn`):
     then a new one is built under a second name while the old one serves search, and takes its
-    place. A server that grants more
-    `maintenance_work_mem` by itself keeps to that. Progress, and for whom the build waits, go to
+    place. `maintenance_work_mem` is what `build_memory` reckons unless it is given; a server that
+    grants more by itself keeps to that. Progress, and for whom the build waits, go to
     `report` as they change. Where the server's shared memory is too small for a parallel build
     (64 MB in many containers) it is built without. The settings belong to the session, so behind
     a transaction pooler they may not reach the build, which is then slower, not wrong.
@@ -146,12 +151,8 @@ def build_hnsw(
             # Measured on 10,000 × 1536: 43 s, and 31 s with this.
             "min_parallel_table_scan_size": "0",
         }
-        row = connection.execute(
-            "SELECT pg_size_bytes(current_setting('maintenance_work_mem')) < pg_size_bytes($1)",
-            [maintenance_work_mem],
-        ).fetchone()
-        if row == (True,):
-            settings["maintenance_work_mem"] = maintenance_work_mem
+        if memory > granted:
+            settings["maintenance_work_mem"] = f"{memory // 1024}kB"
         with ddl.session_settings(connection, settings):
             return ddl.carry_out(
                 connection,
@@ -162,6 +163,7 @@ def build_hnsw(
                 patience=patience,
             )
 
+    granted, memory = _memory(connection, column, maintenance_work_mem)
     executed: list[Statement] = []
     parallel = parallel_workers > 0
     if steps_now := steps():
@@ -182,8 +184,38 @@ def build_hnsw(
         size_bytes=state.size_bytes,
         rows=state.rows,
         parallel=bool(steps_now) and parallel,
+        memory_mb=max(granted, memory) // 1024**2,
         notices="; ".join(dict.fromkeys(filter(None, notices))),
     )
+
+
+def build_memory(rows: int, dimensions: int, cache_bytes: int) -> int:
+    """Bytes of `maintenance_work_mem` in which the graph of so many rows is built.
+
+    A row takes its vector and some 750 bytes: in memory the element, and for m = 16 at least 32
+    neighbours of 16 bytes with their distances (pgvector, src/hnsw.h; 1,000,000 × 8 outgrew
+    512 MB past 700,000 rows). A graph that does not fit is finished row by row on disk, ten times
+    as slowly, so as much is taken as the server can be thought to have: half of
+    `effective_cache_size`, and 512 MB at the least. A small graph takes no more than it needs, for
+    a parallel build claims all of it as shared memory.
+    """
+    needed = max(rows, 1) * (4 * dimensions + 750) * 5 // 4
+    return min(max(needed, SMALLEST_BUILD_BYTES), max(512 * 1024**2, cache_bytes // 2))
+
+
+def _memory(connection: Connection, column: Column, given: str | None) -> tuple[int, int]:
+    """Bytes that the session has by itself, and bytes that a build should have."""
+    row = connection.execute(
+        "SELECT pg_size_bytes(current_setting('maintenance_work_mem')),"
+        " pg_size_bytes(current_setting('effective_cache_size')), pg_size_bytes($1)",
+        [given],
+    ).fetchone()
+    assert row is not None
+    granted, cache, memory = row
+    if memory is None:
+        rows = estimated_rows(connection, column)
+        memory = build_memory(rows, column.embedding.dimensions, cache)
+    return int(granted), int(memory)
 
 
 def fresh_bytes(rows: int, dimensions: int) -> int:

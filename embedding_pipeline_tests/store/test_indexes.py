@@ -95,6 +95,35 @@ def test_a_graph_that_outgrows_its_memory_says_so_while_it_is_built(
     assert done.notices in heard
 
 
+@pytest.mark.parametrize(
+    ("rows", "dimensions", "cache_gb", "megabytes"),
+    [
+        (0, 1536, 4, 64),  # never less than Postgres's own default
+        (50_000, 1536, 4, 410),
+        (1_000_000, 384, 1, 512),  # nobody says that the server has more
+        (1_000_000, 384, 4, 2048),
+        (1_000_000, 384, 24, 2725),
+    ],
+)
+def test_a_build_takes_the_memory_that_its_graph_needs(
+    rows: int, dimensions: int, cache_gb: int, megabytes: int
+) -> None:
+    asked = indexes.build_memory(rows, dimensions, cache_gb * 1024**3)
+    assert asked // 1024**2 == megabytes
+
+
+def test_a_graph_that_outgrew_the_servers_own_setting_is_built_in_memory(
+    connection: Connection,
+) -> None:
+    """The same rows as above, where 4 MB were asked for: the build finds out what it needs."""
+    column = set_up_wide(connection)
+    connection.execute("SET maintenance_work_mem = '4MB'")
+    said: list[str] = []
+    built = indexes.build_hnsw(connection, column, report=said.append, parallel_workers=0)
+    assert built.memory_mb >= 64
+    assert not any("no longer fits" in line for line in said)
+
+
 def test_how_far_a_build_is_can_be_seen_while_it_runs(
     database: str, connection: Connection
 ) -> None:
