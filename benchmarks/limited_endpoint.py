@@ -25,6 +25,7 @@ LIMITERS = {
     # name: (adaptive, limit in YAML, limit in headers, shared)
     "none: 32 in flight, retried": (False, False, False, False),
     "adaptive, limit unknown": (True, False, False, False),
+    "shared, limit unknown": (True, False, False, True),
     "each process keeps the limit": (True, True, False, False),
     "shared, limit from the YAML": (True, True, False, True),
     "shared, limit from the headers": (True, False, True, True),

@@ -5,6 +5,10 @@ timeline, and a process reserves the next quarter of a second of it at a time (`
 all together send as evenly as one would, and a request costs no round trip. A killed process takes
 at most what it had reserved with it.
 
+A limit that nobody tells: the rate that throttles have shown (`found_rate`) stands in the same row,
+and everybody's requests take their turns by it. Outcomes are added to it once a second, after a
+throttle within a tenth of one; nothing is written for an endpoint that throttles nobody.
+
 The ceiling of requests in flight: each process holds places and renews them every second; the
 places of one that does not (killed, or cut off) are free after `LAPSE_SECONDS`. What a process
 does not use goes to those who wait.
@@ -29,11 +33,13 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import psycopg
 
 from embedding_pipeline.embedders.budget import Budget, Clock, TokenBucket
+from embedding_pipeline.embedders.found_rate import FoundRate, Outcomes, noted
 from embedding_pipeline.embedders.port import Endpoint
 from embedding_pipeline.embedders.timeline import (
     RemoteClock,
@@ -45,7 +51,7 @@ from embedding_pipeline.embedders.timeline import (
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.store import endpoint_budget as store
 from embedding_pipeline.store.connection import connect
-from embedding_pipeline.store.endpoint_budget import EndpointKey, Limits
+from embedding_pipeline.store.endpoint_budget import EndpointKey, Limits, Shared
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +60,8 @@ CHUNK_SECONDS = 0.25
 SYNC_SECONDS = 1.0
 HURRIED_SYNC_SECONDS = 0.25
 """The same while others hold what is this process's share."""
+NOTE_SECONDS = 0.1
+"""At most so often a throttle is written down at once."""
 IDLE_SECONDS = 5.0
 """Without a request, after which a process gives its places back and closes its connection."""
 RETRY_SECONDS = 5.0
@@ -97,6 +105,9 @@ class SharedBudget:
         self._away = False
         self._told = False
         self._own: TokenBucket | None = None
+        self._found = FoundRate()
+        self._outcomes = Outcomes(0)
+        self._counted_from = self._noted_at = -math.inf
 
     # ---- what the engine calls ---------------------------------------------------------------
 
@@ -151,6 +162,34 @@ class SharedBudget:
                 self._learnt = self._to_tell = heard
 
     @property
+    def generation(self) -> int | None:
+        """See `Budget.generation`."""
+        return None if self._away else self._found.generation
+
+    @property
+    def paced(self) -> bool:
+        """See `Budget.paced`."""
+        return bool(self.limits) or self._found.per_second is not None
+
+    @property
+    def places_are_not_why(self) -> bool:
+        """See `Budget.places_are_not_why`."""
+        return self._found.measuring or self._found.usual is not None
+
+    def note(self, generation: int, *, answered: bool) -> None:
+        """See `Budget.note`; written with the next round trip, after a throttle soon."""
+        with self._lock:
+            so_far = self._outcomes
+            if generation != so_far.generation:
+                return
+            if answered:
+                self._outcomes = replace(so_far, answered=so_far.answered + 1)
+                return
+            self._outcomes = replace(so_far, throttled=so_far.throttled + 1)
+            if not so_far.throttled:
+                self._changed.notify_all()
+
+    @property
     def limits(self) -> Limits:
         """What is kept: the YAML's limits, and where it has none what a provider has said."""
         return Limits(
@@ -187,10 +226,12 @@ class SharedBudget:
     def _turn(self, tokens: int) -> float | None:
         """When a request may be sent by what is reserved; None: something has to be, first."""
         now, limits = self._clock(), self.limits
-        if not limits:
+        if not self.paced:
             return now
-        by_requests, by_tokens = costs(limits, tokens)
+        by_requests, by_tokens = costs(limits, tokens, self._found.per_second)
         at = self._turns.take(now, by_requests, by_tokens)
+        if (at is None or at > now) and not self._outcomes.limited:
+            self._outcomes = replace(self._outcomes, limited=True)
         if self._turns.short(now):
             self._need(max(by_requests, by_tokens))
         return at
@@ -223,13 +264,14 @@ class SharedBudget:
     def _own_budget(self) -> TokenBucket:
         """For a database that is away: this process's share of the limits."""
         if self._own is None:
+            requests, tokens = self.limits.requests_per_minute, self.limits.tokens_per_minute
+            if self._found.per_second is not None:
+                found = math.ceil(60 * self._found.per_second)
+                requests = found if requests is None else min(requests, found)
             self._own = TokenBucket(
                 *(
                     None if limit is None else max(1, limit // self._holders)
-                    for limit in (
-                        self.limits.requests_per_minute,
-                        self.limits.tokens_per_minute,
-                    )
+                    for limit in (requests, tokens)
                 ),
                 clock=self._clock,
             )
@@ -265,6 +307,9 @@ class SharedBudget:
                         connection = opened.enter_context(connect(self._url))
                     if due == "sync":
                         self._sync(connection)
+                        self._note(connection)
+                    elif due == "note":
+                        self._note(connection)
                     else:
                         self._reserve(connection)
                     self._came_back()
@@ -295,12 +340,18 @@ class SharedBudget:
                     self._seconds_needed = None
                     return None
                 if now >= retry_at:
-                    pause = HURRIED_SYNC_SECONDS if self._hurry else SYNC_SECONDS
-                    if now >= self._synced_at + pause:
+                    hurry = self._hurry or self._found.measuring
+                    sync_at = self._synced_at + (HURRIED_SYNC_SECONDS if hurry else SYNC_SECONDS)
+                    if now >= sync_at:
                         return "sync"
                     if self._seconds_needed is not None:
                         return "reserve"
-                    wait = self._synced_at + pause - now
+                    if self._outcomes.throttled or self._found.throttled:
+                        note_at = self._noted_at + NOTE_SECONDS
+                        if now >= note_at:
+                            return "note"
+                        sync_at = min(sync_at, note_at)
+                    wait = sync_at - now
                 else:
                     wait = retry_at - now
                 self._changed.wait(timeout=min(wait, IDLE_SECONDS))
@@ -328,7 +379,7 @@ class SharedBudget:
         reserved = store.reserve(connection, self._rate_key, seconds, tell or Limits())
         received = self._clock()
         with self._lock:
-            self._take_over(reserved.learnt)
+            self._take_over(reserved.learnt, reserved.found)
             start = local_start(self._database_clock, sent, received, reserved)
             self._turns.add(start, seconds, self._holders)
             self._seconds_needed = None
@@ -339,11 +390,13 @@ class SharedBudget:
             if shared is None:
                 store.create(connection, self._places_key)
                 continue
-            limits = shared
-            if self._rate_key != self._places_key:
-                limits = store.read(connection, self._rate_key) or shared
+            if self._rate_key == self._places_key:
+                rate: Shared | None = shared
+            else:
+                rate = store.read(connection, self._rate_key)
             with self._lock:
-                self._take_over(limits.learnt)
+                if rate is not None:
+                    self._take_over(rate.learnt, rate.found)
                 wanted = self._ceiling
                 if not self._short_of_places:
                     wanted = min(wanted, math.ceil(1.25 * self._most_in_flight) + 1)
@@ -362,9 +415,41 @@ class SharedBudget:
             time.sleep(0.01 * random.random())  # noqa: S311 - jitter, not a secret
         raise PipelineError("too many processes change it at once")
 
-    def _take_over(self, learnt: Limits) -> None:
+    def _note(self, connection: "psycopg.Connection[Any]") -> None:
+        """Add what became of this process's requests, where it tells something about the rate."""
+        with self._lock:
+            now = self._clock()
+            given = self.limits.requests_per_minute
+            outcomes = replace(
+                self._outcomes,
+                seconds=now - self._counted_from,
+                holders=self._holders,
+                given=per_second(given) if given else None,
+            )
+            tells = self._found.active or outcomes.throttled
+            self._outcomes, self._counted_from = Outcomes(outcomes.generation), now
+            self._noted_at = now
+        for _ in range(20 if tells else 0):
+            shared = store.read(connection, self._rate_key)
+            if shared is None:
+                store.create(connection, self._rate_key)
+                continue
+            after = noted(shared.found, outcomes, shared.now)
+            if after == shared.found or store.replace_found_rate(
+                connection, self._rate_key, shared.found_version, after
+            ):
+                with self._lock:
+                    self._take_over(shared.learnt, after)
+                    self._wake()
+                return
+            time.sleep(0.01 * random.random())  # noqa: S311 - jitter, not a secret
+
+    def _take_over(self, learnt: Limits, found: FoundRate) -> None:
         if learnt and self._to_tell is None:
             self._learnt = learnt
+        if found.generation != self._found.generation:
+            self._outcomes, self._counted_from = Outcomes(found.generation), self._clock()
+        self._found = found
 
     def _leave(self, connection: "psycopg.Connection[Any]") -> None:
         for _ in range(20):

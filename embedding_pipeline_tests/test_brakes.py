@@ -30,7 +30,7 @@ from embedding_pipeline.store.spending import (
     reached,
     spending_today,
 )
-from embedding_pipeline_tests.faults.server import FaultServer, Status
+from embedding_pipeline_tests.faults.server import FaultServer, HalfResponse, Status
 from embedding_pipeline_tests.project import fresh_settings, set_variables, use_database
 from embedding_pipeline_tests.rows import make_column, wrong_rows
 from embedding_pipeline_tests.tables import create_docs, embedding, spec
@@ -45,7 +45,7 @@ providers:
     dialect: openai
     address: {address}
     price_per_million_tokens: {{test-model: 1000000}}
-    give_up_after_seconds: 0.5
+    give_up_after_seconds: {patience}
 {cap}
 """
 
@@ -59,9 +59,13 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultSer
         yield server
 
 
-def declare(folder: Path, server: FaultServer, cap: float | None = None) -> None:
+def declare(
+    folder: Path, server: FaultServer, cap: float | None = None, patience: float = 0.5
+) -> None:
     written = f"    daily_cost_cap: {cap}" if cap is not None else ""
-    (folder / "providers.yaml").write_text(PROVIDERS.format(address=server.openai_url, cap=written))
+    (folder / "providers.yaml").write_text(
+        PROVIDERS.format(address=server.openai_url, cap=written, patience=patience)
+    )
 
 
 @pytest.fixture
@@ -311,6 +315,40 @@ def test_requests_that_fail_give_back_what_they_reserved(
     with pytest.raises(PipelineError, match="bad key"):
         embed(database, column)
     assert spent(connection) == {ALL: 0, "paid": 0}
+
+
+def test_requests_that_are_perhaps_billed_count_as_spent(
+    tmp_path: Path, database: str, connection: Connection, column: Column, server: FaultServer
+) -> None:
+    """A proxy cut every other answer in half. The provider had done its work and counted it; the
+    day's spending showed half of the bill."""
+    declare(tmp_path, server, patience=60)
+    server.rule = lambda number, _: HalfResponse() if number < 4 else None
+
+    run = embed(database, column)
+
+    assert run.outcome.total.embedded == 80
+    # three dollars a row, and the four that were cut: of four rows each, at the most they can be
+    assert run.outcome.unconfirmed_tokens >= 4 * 3 * BATCH
+    billed = 240 + run.outcome.unconfirmed_tokens
+    assert spent(connection) == {ALL: billed, "paid": billed}
+
+
+def test_requests_that_are_perhaps_billed_do_not_pass_a_cap_when_they_are_repeated(
+    tmp_path: Path, database: str, connection: Connection, column: Column, server: FaultServer
+) -> None:
+    """Each try of a request that broke was within what its first try had reserved."""
+    declare(tmp_path, server, cap=100, patience=60)
+    server.rule = lambda *_: HalfResponse()
+
+    run = embed(database, column)
+
+    held = run.outcome.held
+    assert held is not None
+    assert held.by == "daily_cost_cap"
+    assert 0 < spent(connection)["paid"] == run.outcome.unconfirmed_tokens <= 100
+    assert sum(server.count.sizes) * 3 <= 100, "what was sent would have passed the cap"
+    assert run.outcome.total.embedded == 0
 
 
 def test_yesterdays_spending_does_not_count(connection: Connection, column: Column) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedding_pipeline.embedders.budget import SHARE
+from embedding_pipeline.embedders.found_rate import FoundRate
 from embedding_pipeline.embedders.port import Endpoint
 from embedding_pipeline.shared_budget import SharedBudget
 from embedding_pipeline.store import endpoint_budget as store
@@ -207,6 +208,59 @@ def test_what_one_process_learns_holds_for_all(make: Callable[..., SharedBudget]
     assert given.limits.requests_per_minute == 60
 
 
+def test_a_rate_that_was_found_is_one_for_all_processes(
+    make: Callable[..., SharedBudget], url: str, connection: Connection
+) -> None:
+    first, second = make(), make()
+
+    async def use(budget: SharedBudget, *, answered: bool, times: int = 1) -> None:
+        for _ in range(times):
+            await budget.acquire(1)
+            generation = budget.generation
+            assert generation is not None
+            budget.note(generation, answered=answered)
+            budget.release(1, 1)
+
+    asyncio.run(use(second, answered=True))
+    asyncio.run(use(first, answered=False))
+    wait_until(lambda: first.places_are_not_why, "the rate to be measured")
+    wait_until(lambda: second.places_are_not_why, "the other one to take part")
+
+    def both_use_it() -> bool:
+        asyncio.run(use(first, answered=True, times=8))
+        asyncio.run(use(second, answered=False, times=2))
+        return first.paced and second.paced
+
+    wait_until(both_use_it, "a rate to be found", 30)
+    wait_until(lambda: first.generation == second.generation, "one generation")
+    key = first._rate_key
+    shared = store.read(connection, key)
+    assert shared is not None
+    assert shared.found.per_second is not None
+    # only from the version that was read
+    found = store.replace_found_rate(connection, key, shared.found_version - 1, shared.found)
+    assert not found
+    after = store.read(connection, key)
+    assert after is not None
+    assert after.found.generation >= shared.found.generation
+
+
+def test_a_rate_found_long_ago_is_forgotten(url: str, connection: Connection) -> None:
+    key = EndpointKey.of("e", "http://host")
+    store.create(connection, key)
+    shared = store.read(connection, key)
+    assert shared is not None
+    for since, kept in ((shared.now - 3600, 5.0), (shared.now - 100_000, None)):
+        shared = store.read(connection, key)
+        assert shared is not None
+        found = FoundRate(per_second=5.0, generation=3, since=since)
+        assert store.replace_found_rate(connection, key, shared.found_version, found)
+        again = store.read(connection, key)
+        assert again is not None
+        assert again.found.per_second == kept
+        assert store.reserve(connection, key, 0, Limits()).found.per_second == kept
+
+
 # ---- the ceiling ------------------------------------------------------------------------------
 
 
@@ -336,6 +390,30 @@ def test_three_processes_use_what_one_limit_allows(url: str, headers: bool) -> N
         passed, refused, unused = limit.passed, limit.refused, limit.unused
         assert refused < 0.02 * (passed + refused)
         assert passed >= 0.9 * (passed + unused)
+
+
+@pytest.mark.slow
+def test_three_processes_find_one_limit_that_nobody_tells(url: str, connection: Connection) -> None:
+    """Each found it out for itself and was throttled for the others' load. The bounds allow for a
+    busy machine; `test_found_rate` has the narrow ones."""
+    limit = WatchedRateLimit(per_second=20, burst=4)
+    with FaultServer(rate_limit=limit, delay=0.05) as server, ExitStack() as opened:
+        load = Load(server.openai_url, database=url)
+        runs = [opened.enter_context(LoadProcess(load)) for _ in range(3)]
+        for run in runs:
+            run.begin()
+        wait_until(lambda: limit.passed >= 200, "the processes to settle", 60)
+        limit.restart()
+        wait_until(lambda: limit.passed >= 300, "fifteen seconds' worth of requests", 90)
+        passed, refused, unused = limit.passed, limit.refused, limit.unused
+        row = connection.execute(
+            "SELECT (found_rate ->> 'per_second')::float8 FROM embedding_pipeline.endpoint_budget"
+            " WHERE found_rate IS NOT NULL"
+        ).fetchall()
+    assert refused < 0.05 * (passed + refused)
+    assert passed >= 0.7 * (passed + unused)
+    assert len(row) == 1
+    assert 10 <= row[0][0] <= 30
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 
@@ -109,13 +110,23 @@ class Sender:
     def _fewer_out(self, before: int) -> bool:
         return self._batches_out < before
 
-    def _may_repeat(self, tokens: int) -> bool:
-        """Whether a request may be sent again that was perhaps paid for, with so many tokens."""
+    async def _may_repeat(self, billed: "_PerhapsBilled", tokens: int) -> bool:
+        """Whether a request may be sent again that was perhaps paid for, with so many tokens.
+
+        What was reserved for it is spent, perhaps; the next try needs as much again.
+        """
         self.outcome.unconfirmed_tokens += tokens
-        if not self._is_capped or self._fits(0):
-            return True
-        self._stop_for_cost()
-        return False
+        billed.tokens += tokens
+        if self._is_capped and not self._fits(0):
+            self._stop_for_cost()
+            return False
+        try:
+            reservation = await self.flow.brake.reserve(self.embedder.cost(tokens))
+        except BrakedError as braked:
+            self.flow.halt(braked.held)
+            return False
+        billed.reservations.append(reservation)
+        return True
 
     async def _reserve(self, batch: Batch) -> Reservation | None:
         """Leave to send a batch; None when a brake, or a failure meanwhile, stops the run.
@@ -168,9 +179,11 @@ class Sender:
             return
         self._asking += 1
         cost = 0.0
+        billed = _PerhapsBilled()
         try:
             result = await self.embedder.embed(
-                [item.text for item in batch.inputs], may_repeat=self._may_repeat
+                [item.text for item in batch.inputs],
+                may_repeat=partial(self._may_repeat, billed),
             )
             cost = self.embedder.cost(result.tokens)
         except EmbedError as error:
@@ -178,12 +191,14 @@ class Sender:
                 raise
             cost = self.embedder.cost(error.partial.tokens)
             await self._take(batch, error.partial)
-            if self._too_dear:
+            if self._too_dear or self.outcome.held:
                 return  # ended by us, not by the provider: what is not finished stays pending
             raise
         finally:
             self._asking -= 1
-            self.flow.brake.settle(reservation, cost)
+            self.flow.brake.settle(reservation, cost + self.embedder.cost(billed.tokens))
+            for repeated in billed.reservations:
+                self.flow.brake.settle(repeated, 0.0)
         await self._take(batch, result)
 
     async def _take(self, batch: Batch, result: EmbedResult) -> None:
@@ -235,6 +250,15 @@ class Sender:
         for waiting in inputs:
             self.flow.flying.pop(waiting.fingerprint, None)
         self.flow.settle(sum(len(waiting.rows) for waiting in inputs))
+
+
+@dataclass
+class _PerhapsBilled:
+    """Requests of one batch that brought no usable answer and may have been paid for."""
+
+    tokens: int = 0
+    reservations: list[Reservation] = field(default_factory=list)
+    """For the tries after them."""
 
 
 def _is_written(batch: Batch) -> bool:

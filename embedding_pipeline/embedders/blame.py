@@ -6,6 +6,7 @@ away three requests in ten drove a run down to one request every two seconds.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 ENOUGH = 12
@@ -84,16 +85,6 @@ class Blame:
         self._since, self._sent, self._answered = None, 0, 0
         return True
 
-    def _lowering_is_in_vain(self) -> bool:
-        """Three times in a row about the same load was answered in part, and no better."""
-        last = list(self._levels)[-3:]
-        loads = [level.load for level in last]
-        return (
-            len(last) == 3
-            and all(OVERLOADED <= level.share < NEARLY_ALL for level in last)
-            and max(loads) < 2 * min(loads)
-        )
-
     def heavier_and_as_good(self, now: float, window: float) -> Level | None:
         """Ends a level. A heavier load that was answered as well as this one, if there was one:
         then throttles are not of our making, and that one may be taken up again."""
@@ -101,14 +92,9 @@ class Blame:
             return None
         level = Level(self._sent / (now - self._since), self._answered / self._sent, window)
         self._since, self._sent, self._answered = now, 0, 0
-        found = None
-        for before in reversed(self._levels):
-            if before.share < level.share - TOO_MUCH_BETWEEN:
-                break
-            if _as_good(before, level) and (found is None or before.load > found.load):
-                found = before
+        found = heavier_and_as_good(self._levels, level)
         self._levels.append(level)
-        if found is None and self._lowering_is_in_vain():
+        if found is None and lowering_is_in_vain(self._levels):
             # nothing heavier is known to compare with: then try it
             found = replace(level, load=2 * level.load)
             self._levels.clear()
@@ -121,7 +107,30 @@ class Blame:
         return found
 
 
-def _as_good(heavy: Level, light: Level) -> bool:
+def heavier_and_as_good(levels: Sequence[Level], level: Level) -> Level | None:
+    """The heaviest of the loads before that was answered as well as this one, if any was."""
+    found = None
+    for before in reversed(levels):
+        if before.share < level.share - TOO_MUCH_BETWEEN:
+            break
+        if as_good(before, level) and (found is None or before.load > found.load):
+            found = before
+    return found
+
+
+def lowering_is_in_vain(levels: Sequence[Level]) -> bool:
+    """Three times in a row about the same load was answered in part, and no better."""
+    last = list(levels)[-3:]
+    loads = [level.load for level in last]
+    return (
+        len(last) == 3
+        and all(OVERLOADED <= level.share < NEARLY_ALL for level in last)
+        and max(loads) < 2 * min(loads)
+    )
+
+
+def as_good(heavy: Level, light: Level) -> bool:
+    """Whether less of a load was answered no better."""
     ratio = heavy.load / light.load
     if ratio < LIGHTER or min(heavy.share, light.share) < OVERLOADED:
         return False

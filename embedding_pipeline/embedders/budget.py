@@ -35,6 +35,29 @@ class Budget(Protocol):
         """Take over limits that the provider named in an answer; what the YAML sets stays."""
         ...
 
+    @property
+    def generation(self) -> int | None:
+        """Which rate holds now, of those that all processes have found by being throttled.
+
+        None: nobody finds it here, whoever sends has to find it.
+        """
+        ...
+
+    @property
+    def paced(self) -> bool:
+        """Whether requests wait for a rate here."""
+        ...
+
+    @property
+    def places_are_not_why(self) -> bool:
+        """Whether it is known, or being found out, that something else than requests in flight is
+        limited."""
+        ...
+
+    def note(self, generation: int, *, answered: bool) -> None:
+        """A request that was sent in this generation was answered, or throttled."""
+        ...
+
 
 SHARE = 0.98
 """Of a limit that is drawn: the provider's clock and count are not ours."""
@@ -114,6 +137,24 @@ class TokenBucket:
                 self._requests = self._renewed(self._requests, requests_per_minute)
             if self._learns[1]:
                 self._tokens = self._renewed(self._tokens, tokens_per_minute)
+
+    @property
+    def generation(self) -> int | None:
+        """See `Budget.generation`."""
+        return None
+
+    @property
+    def paced(self) -> bool:
+        """See `Budget.paced`."""
+        return self._requests is not None or self._tokens is not None
+
+    @property
+    def places_are_not_why(self) -> bool:
+        """See `Budget.places_are_not_why`."""
+        return False
+
+    def note(self, generation: int, *, answered: bool) -> None:
+        """See `Budget.note`."""
 
     def _renewed(self, bucket: _Bucket | None, per_minute: int | None) -> _Bucket | None:
         if not per_minute or (bucket is not None and bucket.per_minute == per_minute):

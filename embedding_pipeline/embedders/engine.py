@@ -126,6 +126,7 @@ class ProviderEmbedder:
                 limiter, budget = self._given
                 self._limiter = limiter or limiter_for(self.endpoint, self.model)
                 self._budget = budget or self._budgets(self.endpoint, self.model)
+                self._limiter.follow(self._budget)
                 self._started = True
                 return
 
@@ -322,7 +323,7 @@ class ProviderEmbedder:
             job.result.retried += again
             answer = await self._until_shortly_after_the_end(job, self._wire.send(texts))
             if answer is None:
-                self._perhaps_billed(job, texts, None)
+                await self._perhaps_billed(job, texts, None)
                 return None
             used = tokens if answer.tokens is None else answer.tokens
         except TransientError as error:
@@ -334,7 +335,7 @@ class ProviderEmbedder:
             elif error.cause != "response":
                 self._limiter.failed(error.retry_after)
             if error.cause in PERHAPS_BILLED:
-                self._perhaps_billed(job, texts, error)
+                await self._perhaps_billed(job, texts, error)
             raise
         finally:
             self._limiter.leave()
@@ -350,11 +351,11 @@ class ProviderEmbedder:
         )
         return answer
 
-    def _perhaps_billed(self, job: Job, texts: list[str], error: EmbedError | None) -> None:
+    async def _perhaps_billed(self, job: Job, texts: list[str], error: EmbedError | None) -> None:
         if job.may_repeat is None:
             return
         most = sum(min(self.counter.upper_bound(text), self._longest) for text in texts)
-        if not job.may_repeat(most) and error is not None:
+        if not await job.may_repeat(most) and error is not None:
             job.stop(error)
 
     async def _enter(self, job: Job, tokens: int) -> Sent | None:

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from embedding_pipeline.embedders.blame import Blame
-from embedding_pipeline.embedders.budget import Clock, Sleep
+from embedding_pipeline.embedders.budget import Budget, Clock, Sleep
 from embedding_pipeline.embedders.port import Endpoint
 
 Permission = Callable[[], Awaitable[None]]
@@ -62,6 +62,8 @@ class Sent:
     at: float
     beside: int
     """Requests in flight, this one included."""
+    generation: int | None = None
+    """Of the rate that all processes have found; None: this one finds it."""
 
 
 class Limiter:
@@ -95,6 +97,11 @@ class Limiter:
         self._rate_step = 1 / MARGIN
         self._search = _Search()
         self._blame = Blame()
+        self._budget: Budget | None = None
+
+    def follow(self, budget: Budget) -> None:
+        """Leave the rate to a budget, as long as it finds one for all processes."""
+        self._budget = budget
 
     def lower_ceiling(self, ceiling: int) -> None:
         """The endpoint says that it takes fewer at once."""
@@ -117,7 +124,10 @@ class Limiter:
                 gap = self._gap()
                 late = min(CATCH_UP_SECONDS, gap / 4)
                 self._next_send = max(now - late, self._next_send) + gap
-                return Sent(now, self.in_flight)
+                shared = None if self._budget is None else self._budget.generation
+                if shared is not None:
+                    self.rate = None
+                return Sent(now, self.in_flight, shared)
         finally:
             self._queued -= 1
 
@@ -155,12 +165,17 @@ class Limiter:
         self._latency = took if self._latency is None else 0.9 * self._latency + 0.1 * took
         self._most_beside = max(self._most_beside, sent.beside)
         self._failures_in_a_row = 0
-        self._answered_at.append(now)
-        self._blame.note(answered=True, now=now)
+        if sent.generation is not None and self._budget is not None:
+            self._budget.note(sent.generation, answered=True)
+        else:
+            self._answered_at.append(now)
+            self._blame.note(answered=True, now=now)
         if self._places_limited:
             self._try_more_places()
         elif self.rate is None:
-            full = self._queued > 0 or self.in_flight >= self.window
+            # who waits for a rate does not wait for a place
+            queued = self._queued > 0 and not (self._budget is not None and self._budget.paced)
+            full = queued or self.in_flight >= self.window
             searched = self._search.next(self.window, self.ceiling, full, sent.at, now)
             self.window = min(self.ceiling, searched)
         if self.rate is not None:
@@ -174,6 +189,9 @@ class Limiter:
         self._failures_in_a_row = 0
         if retry_after:
             self._paused_until = max(self._paused_until, now + retry_after)
+        if sent.generation is not None and self._budget is not None:
+            self._throttled_together(sent, sent.generation, self._budget, now)
+            return
         self._blame.note(answered=False, now=now)
         if sent.at <= self._reacted_at:
             return  # sent before the last throttle was known: the same event
@@ -213,6 +231,20 @@ class Limiter:
         self._rate_calm, self._rate_step = 0, 1 / MARGIN
         self._most_beside = 0
         self._answered_at.clear()
+
+    def _throttled_together(self, sent: Sent, generation: int, budget: Budget, now: float) -> None:
+        """The same where the rate is found by all processes: only places are judged here."""
+        if sent.at <= self._reacted_at:
+            return
+        if budget.places_are_not_why:
+            self.window, self._places_limited = self.ceiling, False
+        elif sent.beside > 1 and self._most_beside < sent.beside:
+            self._reacted_at = now
+            self.window = float(sent.beside - 1)
+            self._places_limited = True
+            self._places_calm, self._places_step = 0, 1
+            return
+        budget.note(generation, answered=False)
 
     def failed(self, retry_after: float | None = None) -> None:
         """No answer, or 5xx. As many failures in a row as there are places halve the window.

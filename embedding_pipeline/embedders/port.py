@@ -1,6 +1,6 @@
 """The port: what the rest of the project knows of an embedding provider."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
@@ -94,7 +94,7 @@ class EmbedResult:
     """Of those, repeats of a request that had failed."""
 
 
-MayRepeat = Callable[[int], bool]
+MayRepeat = Callable[[int], Awaitable[bool]]
 
 
 class Embedder(Protocol):

@@ -7,13 +7,17 @@ round trips, so that it works behind a transaction pooler.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import psycopg
 
+from embedding_pipeline.embedders.found_rate import FoundRate
+
 Connection = psycopg.Connection[Any]
 
+FORGOTTEN_SECONDS = 24 * 3600.0
+"""After which a rate that was found, and not changed since, says nothing any more."""
 LAPSE_SECONDS = 10.0
 """After which the places of a holder that has not renewed them are anybody's."""
 
@@ -62,6 +66,8 @@ class Shared:
     learnt: Limits
     holders: dict[str, Holding]
     """Lapsed ones left out."""
+    found: FoundRate = field(default_factory=FoundRate)
+    found_version: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class Reserved:
     """What the database's clock showed."""
     learnt: Limits
     """What anybody learnt in the last day."""
+    found: FoundRate = field(default_factory=FoundRate)
 
 
 def reserve(connection: Connection, key: EndpointKey, seconds: float, learnt: Limits) -> Reserved:
@@ -93,7 +100,7 @@ def reserve(connection: Connection, key: EndpointKey, seconds: float, learnt: Li
         " learnt_at = coalesce(excluded.learnt_at, b.learnt_at), used_at = now()"
         " RETURNING extract(epoch FROM free_at)::float8 - $3::float8,"
         " extract(epoch FROM clock_timestamp())::float8,"
-        " learnt_at > now() - interval '1 day', requests_per_minute, tokens_per_minute",
+        " learnt_at > now() - interval '1 day', requests_per_minute, tokens_per_minute, found_rate",
         [
             key.name,
             key.address_hash,
@@ -103,28 +110,52 @@ def reserve(connection: Connection, key: EndpointKey, seconds: float, learnt: Li
         ],
     ).fetchone()
     assert row is not None
-    begins, now, fresh, requests, tokens = row
-    return Reserved(begins, now, Limits(requests, tokens) if fresh else Limits())
+    begins, now, fresh, requests, tokens, found = row
+    limits = Limits(requests, tokens) if fresh else Limits()
+    return Reserved(begins, now, limits, _found(found, now))
 
 
 def read(connection: Connection, key: EndpointKey) -> Shared | None:
     """The row as it is now; None before anybody wrote it."""
     row = connection.execute(
         "SELECT extract(epoch FROM clock_timestamp())::float8, version,"
-        " learnt_at > now() - interval '1 day', requests_per_minute, tokens_per_minute, holders"
-        " FROM embedding_pipeline.endpoint_budget WHERE endpoint = $1 AND address_hash = $2",
+        " learnt_at > now() - interval '1 day', requests_per_minute, tokens_per_minute, holders,"
+        " found_rate, found_version FROM embedding_pipeline.endpoint_budget"
+        " WHERE endpoint = $1 AND address_hash = $2",
         [key.name, key.address_hash],
     ).fetchone()
     if row is None:
         return None
-    now, version, fresh, requests, tokens, holders = row
+    now, version, fresh, requests, tokens, holders, found, found_version = row
     held = {name: Holding(**values) for name, values in holders.items()}
     return Shared(
         now,
         version,
         Limits(requests, tokens) if fresh else Limits(),
         {name: each for name, each in held.items() if now - each.beat < LAPSE_SECONDS},
+        _found(found, now),
+        found_version,
     )
+
+
+def _found(kept: dict[str, Any] | None, now: float) -> FoundRate:
+    found = FoundRate() if kept is None else FoundRate.from_json(kept)
+    if now - found.since > FORGOTTEN_SECONDS:
+        return FoundRate(generation=found.generation)
+    return found
+
+
+def replace_found_rate(
+    connection: Connection, key: EndpointKey, version: int, found: FoundRate
+) -> bool:
+    """Write the rate that was found unless somebody else has since it was read."""
+    cursor = connection.execute(
+        "UPDATE embedding_pipeline.endpoint_budget SET found_rate = $4::jsonb,"
+        " found_version = found_version + 1, used_at = now()"
+        " WHERE endpoint = $1 AND address_hash = $2 AND found_version = $3",
+        [key.name, key.address_hash, version, json.dumps(found.to_json())],
+    )
+    return cursor.rowcount == 1
 
 
 def create(connection: Connection, key: EndpointKey) -> None:

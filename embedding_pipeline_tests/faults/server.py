@@ -15,6 +15,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import math
 import threading
 import time
 from collections import Counter
@@ -52,7 +53,10 @@ class Status:
 
 @dataclass(frozen=True)
 class Hang:
-    """Takes the request and never answers, until the client leaves or the server stops."""
+    """Takes the request and does not answer for so long, until the client leaves or the server
+    stops; answers properly after that."""
+
+    seconds: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -435,9 +439,11 @@ class FaultServer:
             return web.Response()  # the client has gone
         if isinstance(fault, Hang):
             assert self._stop is not None
-            while not self._stop.is_set() and not transport.is_closing():
+            until = time.monotonic() + fault.seconds
+            while time.monotonic() < until:
+                if self._stop.is_set() or transport.is_closing():
+                    return web.Response(status=500)
                 await asyncio.sleep(0.02)
-            return web.Response(status=500)
         if isinstance(fault, Reset):
             transport.abort()
             return web.Response()

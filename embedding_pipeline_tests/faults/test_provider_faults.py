@@ -141,6 +141,43 @@ def test_requests_that_hang_are_left_after_the_timeout(
     assert_exact(connection, column)
 
 
+@pytest.mark.slow
+def test_requests_that_hang_for_20_seconds_hold_nobody_up(
+    pipeline: Pipeline, connection: Connection, server: FaultServer
+) -> None:
+    """A model server stood still over four of its requests for 20 seconds each (it moved its model
+    between two cards), and answered the others as ever. A script with a short timeout gave up its
+    batch, sent it again and paid twice; one that sent batches in order stood still as well. With
+    the product's own timeouts the four are waited for, and the rest is done meanwhile."""
+    create_docs(connection, 2_000)
+    defaults = provider(server)
+    for key in ("concurrency", "timeout_seconds", "give_up_after_seconds"):
+        del defaults[key]
+    pipeline.declare(faulty=defaults)
+    column = pipeline.column(
+        spec(embeddings=[embedding("vector_8", 8, provider="faulty", model=server.model)])
+    )
+    answered_when_hung: list[int] = []
+
+    def rule(number: int, inputs: list[str]) -> Fault:
+        if number in (2, 5, 9, 14):
+            return Hang(20.0)
+        answered_when_hung.append(server.count.in_flight)
+        return None
+
+    server.rule = rule
+
+    run = pipeline.run(column, batch_size=16)
+
+    assert run.outcome.total.embedded == 2_000
+    assert run.outcome.requests == server.count.requests == 125, "nothing was sent twice"
+    assert set(server.count.texts.values()) == {1}
+    # from the fifteenth on, each of the others was taken while all four hung, none after them
+    assert len(answered_when_hung) == 121
+    assert min(answered_when_hung[15:]) > 4
+    assert_exact(connection, column)
+
+
 def _half_of_the_indexes_twice(data: list[Any]) -> list[Any]:
     return [item | {"index": item["index"] // 2} for item in data]
 

@@ -13,7 +13,7 @@ from embedding_pipeline.embedders import FallbackEmbedder, InputError, QueryVect
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.spec import EmbeddingSpec
 from embedding_pipeline_tests.faults.runs import KEY, Pipeline, provider
-from embedding_pipeline_tests.faults.server import FaultServer
+from embedding_pipeline_tests.faults.server import FaultServer, Hang
 from embedding_pipeline_tests.faults.truth import assert_exact, embedded
 from embedding_pipeline_tests.tables import create_docs, embedding, spec
 
@@ -104,6 +104,65 @@ def test_rows_wait_for_tei_while_queries_are_answered(
     run = pipeline.run(column)
     assert run.outcome.total.embedded == ROWS - written
     assert_exact(connection, column)
+
+
+SWITCHED_SECONDS = 5.0
+
+
+def test_queries_switch_within_five_seconds_from_a_tei_that_hangs(
+    pipeline: Pipeline, server: FaultServer, other: FaultServer
+) -> None:
+    """A container whose process was stopped (`docker pause`) still took connections: each query
+    waited for the backfill's timeout of a minute before anybody else was asked."""
+    # with the product's own timeouts and deadlines
+    endpoints = {"tei_here": provider(server, "tei"), "elsewhere": provider(other)}
+    for declared in endpoints.values():
+        del declared["timeout_seconds"], declared["give_up_after_seconds"]
+    pipeline.declare(**endpoints)
+    first, second = (
+        EmbeddingSpec.model_validate(embedding("vector_8", 8, provider=name, model=each.model))
+        for name, each in (("tei_here", server), ("elsewhere", other))
+    )
+    failed: list[Exception] = []
+
+    async def main() -> None:
+        second_embedder = make_embedder(second)
+        queries = FallbackEmbedder(make_embedder(first), second_embedder)
+
+        async def ask(query: str) -> QueryVector | None:
+            try:
+                async with asyncio.timeout(SWITCHED_SECONDS):
+                    return await queries.embed_query(query)
+            except PipelineError as error:
+                failed.append(error)
+                return None
+
+        try:
+            await second_embedder.start()  # its client's import is not what is waited for
+            before = await ask("up")
+            assert before is not None
+            assert before.model == server.model
+            server.rule = lambda number, inputs: Hang()
+            answers = await asyncio.gather(*(ask(f"hangs {number}") for number in range(8)))
+            assert queries.state.active == "elsewhere"
+            assert all(answer is None or answer.model == other.model for answer in answers)
+            # those that come later do not wait for it again
+            asked = server.count.requests
+            for number in range(20):
+                answer = await ask(f"still hangs {number}")
+                assert answer is not None
+                assert answer.model == other.model
+            assert server.count.requests <= asked + 20
+            server.rule = None
+            async with asyncio.timeout(60):  # the probe that hung has to end first
+                while (back := await ask("back")) is None or back.model != server.model:
+                    await asyncio.sleep(0.05)
+            assert queries.state.active == "tei_here"
+        finally:
+            await queries.aclose()
+
+    asyncio.run(main())
+    assert len(failed) <= 1
 
 
 def test_queries_with_nul_and_half_a_pair(pipeline: Pipeline, server: FaultServer) -> None:
