@@ -161,8 +161,8 @@ def test_a_limited_endpoint_is_measured_with_every_limiter(
 
 def test_every_part_of_the_issue_is_there() -> None:
     assert list(PARTS) == [
-        "write", "endpoint", "levers", "nothing", "changed", "memory", "imports", "run", "sensor",
-        "index", "growth", "model", "fresh", "limited",
+        "write", "endpoint", "levers", "nothing", "changed", "memory", "imports", "run", "bulk",
+        "sensor", "index", "growth", "model", "fresh", "limited",
     ]  # fmt: skip
 
 

@@ -128,12 +128,15 @@ def test_a_client_that_hangs_up_costs_no_further_work(base_url: str) -> None:
             b"content-length: %d\r\n\r\n%b" % (len(body), body)
         )
         eventually(lambda: stats(base_url)["total"]["inputs"] > before, "it has begun")
-    # The next request is answered when the dropped one no longer stands in its way.
-    assert call(f"{base_url}/embed", {"inputs": "x"}).status == 200
-    settled = stats(base_url)["total"]["inputs"]
-    assert call(f"{base_url}/embed", {"inputs": "x"}).status == 200
-    assert stats(base_url)["total"]["inputs"] == settled + 1
-    assert settled - before < 100
+
+    def only_the_next_request_is_run() -> bool:
+        settled = stats(base_url)["total"]["inputs"]
+        assert call(f"{base_url}/embed", {"inputs": "x"}).status == 200
+        return bool(stats(base_url)["total"]["inputs"] == settled + 1)
+
+    # each core ends the batch that it is at
+    eventually(only_the_next_request_is_run, "the dropped request stands in nobody's way")
+    assert stats(base_url)["total"]["inputs"] - before < 100
 
 
 def test_a_query_does_not_wait_for_a_large_request(base_url: str) -> None:
