@@ -313,6 +313,16 @@ def descendants(pid: int) -> "list[psutil.Process]":
     return [process for process in found if not _is_server(process)]
 
 
+def still_at_work(processes: "list[psutil.Process]") -> "list[psutil.Process]":
+    """Those that have not ended; one that only waits for its parent to notice has."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
 def _is_server(process: "psutil.Process") -> bool:
     try:
         command = " ".join(process.cmdline())

@@ -12,6 +12,7 @@ from embedding_pipeline_tests.e2e.project import (
     descendants,
     discard,
     make_project,
+    still_at_work,
     temporary_folder,
     wait_until,
     write_table,
@@ -84,7 +85,7 @@ def test_the_night_comes_at_its_minute_and_is_seen_through(notes: Project) -> No
     family = descendants(process.pid)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 0
-    assert [member for member in family if member.is_running()] == []
+    assert still_at_work(family) == []
     said = log.read_text()
     assert " UTC for notes\n" in said
     for noise in ("Traceback", "Stack Trace", "__ASSET_JOB"):

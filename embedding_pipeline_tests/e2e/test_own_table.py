@@ -22,6 +22,7 @@ from embedding_pipeline_tests.e2e.project import (
     Project,
     clone,
     descendants,
+    still_at_work,
     temporary_folder,
     wait_until,
     write_table,
@@ -296,7 +297,7 @@ def test_ctrl_c_ends_every_process_of_dev(edited: Rivers, dev: Dev) -> None:
     assert len(family) >= 3  # webserver, daemon, code server
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=45) == 0
-    assert [member for member in family if member.is_running()] == []
+    assert still_at_work(family) == []
     log = dev.log.read_text()
     assert log.startswith(("not ready", "Dagster UI")), log
     for said in (
