@@ -182,11 +182,7 @@ def _insert(connection: Connection, first: int, number: int) -> float:
     statement = sql.SQL(
         "INSERT INTO {} (id, body) SELECT {} + n, body FROM texts WHERE n < {}"
     ).format(sql.Identifier(TABLE), sql.Literal(first), sql.Literal(number))
-    began = time.perf_counter()
-    done = connection.execute(statement)
-    seconds = time.perf_counter() - began
-    assert done.rowcount == number
-    return seconds / number
+    return _at_once(connection, statement, number)
 
 
 def _update(connection: Connection, first: int, number: int) -> float:
@@ -194,6 +190,10 @@ def _update(connection: Connection, first: int, number: int) -> float:
     statement = sql.SQL(
         "UPDATE {table} SET body = texts.body FROM texts WHERE {table}.id = {first} + n AND n < {n}"
     ).format(table=sql.Identifier(TABLE), first=sql.Literal(first), n=sql.Literal(number))
+    return _at_once(connection, statement, number)
+
+
+def _at_once(connection: Connection, statement: sql.Composed, number: int) -> float:
     began = time.perf_counter()
     done = connection.execute(statement)
     seconds = time.perf_counter() - began
