@@ -6,6 +6,7 @@ name a model or a width (`EMBEDDING_MODEL`, `EMBEDDING_OPENAI_MODEL`,
 """
 
 import os
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from functools import cache
@@ -39,6 +40,29 @@ class EmbeddingMode(StrEnum):
     SERVER = "server"
     OPENAI = "openai"
     FALLBACK = "fallback"
+
+
+UNREADABLE_ADDRESS = (
+    "cannot be read as an address (its value is a secret and not shown). Write special characters "
+    "in user and password in percent: @ is %40, : is %3A, / is %2F, ? is %3F, # is %23, % is %25, "
+    "a space is %20. What follows the ? are connection parameters that Postgres knows"
+)
+
+
+def is_readable_address(url: str) -> bool:
+    """Whether Postgres' client reads user, password and host where they were meant to be.
+
+    What it misreads it quotes in its errors: of `p@ss` the host `ss`, of `100%secure` the whole.
+    """
+    _, _, rest = url.partition("://")
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    if re.search(r"\s|%(?![0-9A-Fa-f]{2})", url) or authority.count("@") > 1:
+        return False
+    if "@" in authority:
+        return True
+    # without a user what follows a colon is a port, unless a password was cut at its / ? or #
+    ports = [re.sub(r"^\[.*\]", "", host).partition(":")[2] for host in authority.split(",")]
+    return all(port == "" or port.isdecimal() for port in ports)
 
 
 class _Variables(EnvSettingsSource):
@@ -103,6 +127,8 @@ class Settings(BaseSettings):
     def _is_postgres(cls, value: SecretStr | None) -> SecretStr | None:
         if value and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
             raise ValueError("must start with postgresql:// (its value is a secret and not shown)")
+        if value and not is_readable_address(value.get_secret_value()):
+            raise ValueError(UNREADABLE_ADDRESS)
         return value
 
     @field_validator("openai_base_url", "embedding_service_url", "embedding_openai_base_url")

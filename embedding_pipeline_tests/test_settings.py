@@ -1,12 +1,14 @@
 """Settings: every variable, blanks, aliases, impossible combinations, and secrets that stay so."""
 
 import os
+import traceback
 from pathlib import Path
 
 import pytest
 
-from embedding_pipeline.errors import SettingsError
+from embedding_pipeline.errors import PipelineError, SettingsError
 from embedding_pipeline.settings import EmbeddingMode, Settings, load_settings
+from embedding_pipeline.store.connection import connect
 from embedding_pipeline_tests.conftest import Environment
 
 SECRET = "sk-proj-VERYsecret1234567890"
@@ -216,6 +218,57 @@ def test_a_secret_in_the_wrong_variable_is_not_shown(environment: Environment, n
     except SettingsError as error:
         shown = str(error)
     assert SECRET not in shown
+
+
+PASSWORD = "pass-WORD"
+UNREADABLE_PASSWORDS = [f"{sign}{PASSWORD}" for sign in ("a@", "a/", "a#", "a?", "a%", "a b%20")]
+READABLE_URLS = [
+    "postgresql://",
+    "postgresql:///app?user=me&password=a@b",
+    "postgresql://me@/app?host=/tmp",
+    "postgresql://me:a%40%2f%20b@[::1]:5432/app",
+    "postgres://me:a[b&c=d@one.example:5432,two.example/app?target_session_attrs=any",
+    "postgresql://%2Fvar%2Frun/app",
+]
+
+
+@pytest.mark.parametrize("name", ["DATABASE_URL", "DAGSTER_DATABASE_URL"])
+@pytest.mark.parametrize("password", UNREADABLE_PASSWORDS)
+def test_a_password_that_must_be_percent_encoded_is_not_shown(
+    environment: Environment, name: str, password: str
+) -> None:
+    """`p@ss` was looked up as a host called `ss@db.example`, and libpq quoted `100%secure` whole:
+    both errors went to a log."""
+    environment(**{name: f"postgresql://app:{password}@db.example:5432/app"})
+    said = complaint()
+    assert said.startswith(f"wrong settings:\n  {name}: cannot be read as an address")
+    assert "@ is %40" in said
+    assert PASSWORD not in said
+
+
+@pytest.mark.parametrize("url", READABLE_URLS)
+def test_what_an_address_of_postgres_may_look_like(environment: Environment, url: str) -> None:
+    environment(DATABASE_URL=url)
+    given = load_settings().database_url
+    assert given is not None
+    assert given.get_secret_value() == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(f"postgresql://app:{password}@127.0.0.1:1/app" for password in UNREADABLE_PASSWORDS),
+        f"postgresql://app:{PASSWORD}@127.0.0.1:1/app?ssl_mode=require",
+        f"postgresql://app@127.0.0.1:1/app?{PASSWORD}",
+    ],
+)
+def test_no_password_in_what_a_connection_says(url: str) -> None:
+    """The same where the address does not come from the settings."""
+    with pytest.raises(PipelineError) as caught, connect(url):
+        pass
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "DATABASE_URL" in shown
+    assert PASSWORD not in shown
 
 
 def test_no_secret_in_the_text_of_the_settings(environment: Environment) -> None:

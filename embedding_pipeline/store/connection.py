@@ -11,8 +11,8 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from embedding_pipeline.errors import PipelineError
-from embedding_pipeline.settings import load_settings
+from embedding_pipeline.errors import PipelineError, SettingsError
+from embedding_pipeline.settings import UNREADABLE_ADDRESS, is_readable_address, load_settings
 
 PLANNER = sql.SQL("SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off")
 """For transactions that count or read pending rows: right after a bulk fill the planner prefers
@@ -37,7 +37,7 @@ def connect(url: str | None = None, **options: Any) -> Iterator["psycopg.Connect
     """A connection in autocommit mode, closed at the end; PipelineError when it cannot be had."""
     try:
         connection = psycopg.connect(
-            url or database_url(),
+            _readable(url or database_url()),
             autocommit=True,
             prepare_threshold=None,
             cursor_factory=psycopg.RawCursor,
@@ -47,6 +47,8 @@ def connect(url: str | None = None, **options: Any) -> Iterator["psycopg.Connect
         )
     except psycopg.OperationalError as error:
         raise _unreachable(error) from None
+    except psycopg.ProgrammingError:
+        raise _unreadable() from None
     with connection:
         yield connection
 
@@ -65,7 +67,7 @@ async def open_async(url: str | None = None, **options: Any) -> "psycopg.AsyncCo
     """An open asyncio connection in autocommit mode; the caller closes it."""
     try:
         return await psycopg.AsyncConnection.connect(
-            url or database_url(),
+            _readable(url or database_url()),
             autocommit=True,
             prepare_threshold=None,
             cursor_factory=psycopg.AsyncRawCursor,
@@ -75,6 +77,19 @@ async def open_async(url: str | None = None, **options: Any) -> "psycopg.AsyncCo
         )
     except psycopg.OperationalError as error:
         raise _unreachable(error) from None
+    except psycopg.ProgrammingError:
+        raise _unreadable() from None
+
+
+def _readable(url: str) -> str:
+    """The address, if libpq's errors about it would quote no part of a password."""
+    if not is_readable_address(url):
+        raise _unreadable()
+    return url
+
+
+def _unreadable() -> SettingsError:
+    return SettingsError(f"DATABASE_URL {UNREADABLE_ADDRESS}")
 
 
 class DatabaseUnreachableError(PipelineError):
