@@ -54,7 +54,9 @@ def is_readable_address(url: str) -> bool:
 
     What it misreads it quotes in its errors: of `p@ss` the host `ss`, of `100%secure` the whole.
     """
-    _, _, rest = url.partition("://")
+    _, is_url, rest = url.partition("://")
+    if not is_url:
+        return True  # words such as host=…, which our own code makes of a connection
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
     if re.search(r"\s|%(?![0-9A-Fa-f]{2})", url) or authority.count("@") > 1:
         return False

@@ -236,6 +236,12 @@ async def located(endpoint: Endpoint) -> Endpoint:
     """
     if endpoint.unusable:
         raise GlobalError(f"{endpoint.name} cannot be used: {endpoint.unusable}")
+    if endpoint.has_two_credentials:
+        raise GlobalError(
+            f"{endpoint.name} cannot be used: it has a key, and its address ({endpoint.address}) "
+            "holds a user and password as well; a request carries one of the two. Unset the key, "
+            "or take them out of the address"
+        )
     if endpoint.base_url:
         return endpoint
     from embedding_pipeline.local.model_server import ensure_model_server

@@ -1,9 +1,8 @@
 """Three kinds of failed embedding, each with its own treatment, and the words they carry."""
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
-
-from pydantic import SecretStr
 
 from embedding_pipeline.errors import PipelineError
 
@@ -65,14 +64,14 @@ _KEY_LIKE = re.compile(r"\b(?:sk|pk|hf|xai|gsk)[-_][A-Za-z0-9*_-]{6,}")
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
-def provider_words(text: str, secret: SecretStr | None = None) -> str:
+def provider_words(text: str, secrets: Iterable[str] = ()) -> str:
     """What a provider said, fit for a log line and a Postgres text column.
 
     At most MAX_WORDS characters on one line, without control characters and lone surrogates,
-    and without the key: providers quote it back ("Incorrect API key provided: sk-…").
+    and without the secrets: providers quote keys back ("Incorrect API key provided: sk-…").
     """
-    if secret is not None and (key := secret.get_secret_value().strip()):
-        text = text.replace(key, "[key]")
+    for secret in secrets:
+        text = text.replace(secret, "[key]")
     # the key first: cutting might leave half of one that no longer matches
     text = _KEY_LIKE.sub("[key]", text[: 20 * MAX_WORDS])
     text = " ".join(_UNPRINTABLE.sub(" ", text).split())

@@ -42,7 +42,10 @@ class OpenAIWire:
             self._client = openai.AsyncOpenAI(
                 # the client insists on a key, also where the server wants none
                 api_key=endpoint.key or "none",
-                base_url=endpoint.base_url,
+                default_headers={"Authorization": endpoint.authorization}
+                if endpoint.authorization
+                else None,
+                base_url=endpoint.asked_at,
                 max_retries=0,
                 timeout=endpoint.timeout_seconds,
                 http_client=openai.DefaultAioHttpClient(
@@ -53,7 +56,7 @@ class OpenAIWire:
                     event_hooks={"response": [_read_in_large_chunks]},
                 ),
             )
-        self._client.base_url = endpoint.base_url
+        self._client.base_url = endpoint.asked_at
         return endpoint
 
     async def send(self, texts: Sequence[str]) -> Answer:

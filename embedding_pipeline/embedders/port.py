@@ -1,9 +1,10 @@
 """The port: what the rest of the project knows of an embedding provider."""
 
+from base64 import b64encode
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pydantic import SecretStr
 
@@ -51,8 +52,45 @@ class Endpoint:
     @property
     def address(self) -> str:
         """`base_url` as it may be shown: without the credentials that a URL can hold."""
-        parts = urlsplit(self.base_url)
-        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+        return shown(self.base_url)
+
+    @property
+    def asked_at(self) -> str:
+        """`base_url` as requests are sent to it: a client logs the address that it is given, so
+        user and password go into a header."""
+        try:
+            parts = urlsplit(self.base_url)
+        except ValueError:
+            return self.base_url  # refused as no address by whoever connects
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+    @property
+    def authorization(self) -> str:
+        """The header of that name: the key, or the address's user and password; may be empty."""
+        if self.key:
+            return f"Bearer {self.key}"
+        user = self._user_and_password
+        return f"Basic {b64encode(user.encode()).decode()}" if user else ""
+
+    @property
+    def has_two_credentials(self) -> bool:
+        """A key, and user and password in the address: a request can carry one of them only."""
+        return bool(self.key and self._user_and_password)
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What must not be shown of this endpoint, whoever quotes it."""
+        user = self._user_and_password
+        password = user.partition(":")[2] or user
+        token = self.authorization.partition(" ")[2]
+        return tuple(dict.fromkeys(each for each in (self.key, token, password) if each))
+
+    @property
+    def _user_and_password(self) -> str:
+        try:
+            return unquote(urlsplit(self.base_url).netloc.rpartition("@")[0])
+        except ValueError:
+            return ""
 
     @property
     def key(self) -> str:
@@ -92,6 +130,15 @@ class EmbedResult:
     """Of those, answered 429."""
     retried: int = 0
     """Of those, repeats of a request that had failed."""
+
+
+def shown(url: str) -> str:
+    """A URL without user, password, query and fragment."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "something that is not an address"
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 MayRepeat = Callable[[int], Awaitable[bool]]

@@ -22,7 +22,7 @@ from embedding_pipeline.embedders.errors import (
     TransientError,
     provider_words,
 )
-from embedding_pipeline.embedders.port import Endpoint, Vectors
+from embedding_pipeline.embedders.port import Endpoint, Vectors, shown
 
 INPUT_STATUSES = frozenset({400, 413, 422})
 TRANSIENT_STATUSES = frozenset({408, 409, 423, 424, 425, 429})
@@ -55,12 +55,12 @@ def error_for_status(
 ) -> EmbedError:
     """The error that an answer with this status (not 2xx) stands for."""
     text, code = _error_text(body)
-    words = provider_words(text, endpoint.api_key) or "(no words)"
+    words = provider_words(text, endpoint.secrets) or "(no words)"
     said = f"{endpoint.name} answered {status}: {words}"
     if code in GLOBAL_CODES or status in (401, 402, 403, 404):
         return GlobalError(f"{said}\n{_remedy(endpoint, model, status, code)}")
     if 300 <= status < 400:
-        target = provider_words(headers.get("location", "elsewhere"))
+        target = provider_words(shown(headers.get("location", "elsewhere")), endpoint.secrets)
         return GlobalError(
             f"{endpoint.name} at {endpoint.address} redirects to {target}; "
             "write the address that it should be asked at (keys are never sent along a redirect)"
@@ -179,7 +179,7 @@ def check_model(endpoint: Endpoint, model: str, said: object) -> None:
     if not isinstance(said, str) or not said:
         raise TransientError(f"{endpoint.name} answered without naming its model", cause="response")
     if said.casefold() not in endpoint.names_of(model):
-        other = provider_words(said, endpoint.api_key)
+        other = provider_words(said, endpoint.secrets)
         raise GlobalError(
             f"{endpoint.name} at {endpoint.address} serves {other}, not {model}; vectors of two "
             f"models cannot be compared. Point {endpoint.name} at a server of {model}, or, if "

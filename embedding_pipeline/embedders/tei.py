@@ -37,8 +37,8 @@ class TeiWire:
         if self._session is None:
             self._verifying = asyncio.Lock()
             headers = {"content-type": "application/json"}
-            if endpoint.key:
-                headers["authorization"] = f"Bearer {endpoint.key}"
+            if endpoint.authorization:
+                headers["authorization"] = endpoint.authorization
             self._session = aiohttp.ClientSession(
                 headers=headers,
                 connector=aiohttp.TCPConnector(limit=0),
@@ -122,7 +122,7 @@ class TeiWire:
         try:
             async with self._session.request(
                 method,
-                endpoint.base_url + path,
+                endpoint.asked_at + path,
                 data=body,
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=endpoint.timeout_seconds),
