@@ -256,6 +256,7 @@ def summary(run: "ColumnRun", pending: int) -> str:
             (total.superseded, "were edited meanwhile"),
             (total.locked, "were held by somebody"),
             (total.quarantined, "were refused and are quarantined"),
+            (total.truncated, "were cut to what the model takes"),
         )
         if count
     ]

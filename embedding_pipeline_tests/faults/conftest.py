@@ -1,6 +1,7 @@
 """Fixtures of the fault suite. Every test of it ends with a search for the secrets it used."""
 
 import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,8 @@ def pipeline(
     shorten_waiting(monkeypatch.setattr)
     with tempfile.TemporaryDirectory() as folder:
         pipeline = Pipeline(with_password(database), Path(folder) / "providers.yaml")
+        # a server of the user's own may need its own password, which may be any word
+        assert PASSWORD in pipeline.url or "TEST_DATABASE_URL" in os.environ
         monkeypatch.setattr(endpoints, "PROVIDERS_FILE", pipeline.providers_file)
         yield pipeline
     records = caplog.get_records("call")

@@ -49,8 +49,10 @@ def differences(
     ).fetchall()
     wrong: list[str] = []
     keys: set[tuple[str, UUID]] = set()
+    texts: set[str | None] = set()
     for key, text, vector, fingerprint in rows:
         name = f"row {key} ({text if text is None else text[:40]!r})"
+        texts.add(text)
         if text in refused:
             keys.add((key, fingerprint_of(column, text)))
         if text is None or not text.strip() or text in refused or text in pending:
@@ -70,6 +72,10 @@ def differences(
     ).fetchall()
     if set(recorded) != keys:
         wrong.append(f"in quarantine are {recorded}, not {keys}")
+    if not texts:
+        wrong.append("the table is empty: there is nothing to compare")
+    if missing := {*refused, *pending, *(sent_as or {})} - texts:
+        wrong.append(f"no row has the texts {[text[:40] for text in missing]}")
     return wrong
 
 
