@@ -8,7 +8,7 @@ import psycopg
 
 from embedding_pipeline.backfill.flow import Flow, Write
 from embedding_pipeline.errors import PipelineError
-from embedding_pipeline.store.quarantine import Refusal, quarantine
+from embedding_pipeline.store.quarantine import PAST_SHARE, Refusal, quarantine
 from embedding_pipeline.store.reconnecting import ReconnectingConnection
 from embedding_pipeline.store.writer import Writer, Written
 
@@ -97,7 +97,11 @@ class Recorder:
             self.flow.fail(
                 PipelineError(
                     f"{self.column}: the provider refused {total} rows, which brings the "
-                    f"quarantined ones past max_quarantined_share; the latest says: {words}"
+                    f"quarantined ones {PAST_SHARE}; the latest says: {words}\n"
+                    "When the provider is at fault, mend that, then make them pending again: "
+                    f"embedding-pipeline retry {self.column.table.table} "
+                    f"{self.column.embedding.column}. When it is the texts, mend them or raise "
+                    "max_quarantined_share in the table's YAML"
                 )
             )
 

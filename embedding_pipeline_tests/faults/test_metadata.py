@@ -76,7 +76,7 @@ def test_a_materialisation_counts_what_became_of_every_row(
 
     assert figures.keys() == set(partitions)
 
-    def by_partition(name: str) -> list[int]:
+    def by_partition(name: str) -> list[Any]:
         return [figures[partition][name] for partition in partitions]
 
     # `create_docs` gives each ten; 3 and 6 are in the last two, 41 to 43 in the first three

@@ -329,6 +329,7 @@ def test_too_many_refusals_stop_the_run(
 
     assert "max_quarantined_share" in said
     assert "content policy" in said
+    assert "embedding-pipeline retry docs vector_8" in said
     assert 20 < outcome.total.quarantined < 600
     server.poison = {}
     connection.execute("DELETE FROM embedding_pipeline.quarantined_row")
