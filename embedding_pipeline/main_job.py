@@ -22,6 +22,7 @@ from embedding_pipeline.components.assets import (
     LEASE_HELD,
     LINE_LISTENERS,
     LISTENERS,
+    RUN_WRITTEN,
     bind_column,
 )
 from embedding_pipeline.components.decide import ColumnFacts, dead_leases, ranges
@@ -233,23 +234,25 @@ def _embed(
             {"ops": {key.to_python_identifier(): {"config": run_config}}} if run_config else {},
             on_progress,
         )
-        seconds, held, too_dear, braked = 0.0, False, False, False
+        written, used, held, too_dear, braked = 0, None, False, False, False
         for event in outcome.all_events:
             if event.is_step_materialization and event.asset_key == key:
-                figures = event.step_materialization_data.materialization.metadata
-                result.embedded += int(
-                    sum(_number(figures, name) for name in ("embedded", "reused", "cleared"))
-                )
-                result.tokens += int(_number(figures, "tokens"))
-                result.cost += _number(figures, "cost_usd")
-                seconds = _number(figures, "run_seconds")
-                too_dear = too_dear or TOO_DEAR in str(figures.get("stopped"))
-                braked = braked or HELD_BY in figures
+                used = event.step_materialization_data.materialization.metadata
+                written += int(sum(_number(used, n) for n in ("embedded", "reused", "cleared")))
+                too_dear = too_dear or TOO_DEAR in str(used.get("stopped"))
+                braked = braked or HELD_BY in used
             if event.is_failure and event.is_step_event:
                 held = _is_lease_error(event)
                 if not held:
                     result.errors.append(_step_error(event))
-        result.seconds += seconds
+                # materialisations of a failed run are only of the partitions that it completed
+                if RUN_WRITTEN in (used := _failure_figures(event)):
+                    written = int(_number(used, RUN_WRITTEN))
+        result.embedded += written
+        if used is not None:
+            result.tokens += int(_number(used, "run_tokens"))
+            result.cost += _number(used, "run_cost_usd")
+            result.seconds += _number(used, "run_seconds")
         if too_dear:
             result.warnings.append(
                 f"stopped at its cost cap with ${result.cost:.4f} spent; the rest stays pending"
@@ -366,9 +369,13 @@ def _number(figures: Mapping[str, dg.MetadataValue], name: str) -> float:
     )
 
 
-def _is_lease_error(event: dg.DagsterEvent) -> bool:
+def _failure_figures(event: dg.DagsterEvent) -> Mapping[str, dg.MetadataValue]:
     data = event.step_failure_data.user_failure_data
-    return data is not None and LEASE_HELD in data.metadata
+    return data.metadata if data is not None else {}
+
+
+def _is_lease_error(event: dg.DagsterEvent) -> bool:
+    return LEASE_HELD in _failure_figures(event)
 
 
 def _step_error(event: dg.DagsterEvent) -> str:

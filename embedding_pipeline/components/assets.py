@@ -42,6 +42,9 @@ AUTOMATIC = {"dagster/sensor_name", "dagster/schedule_name"}
 HELD_BY = "held_by"
 """In a materialisation's metadata: the brake (`pause`, `daily_cost_cap`) that stopped the run."""
 
+RUN_WRITTEN = "run_written"
+"""In a failure's metadata: rows that the run had written by then, whatever their partition."""
+
 LOG_SECONDS = 5.0
 """How often a run says in its log where it stands."""
 
@@ -204,7 +207,10 @@ def embedding_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefi
             _log_finished(context, key, error.outcome)
             raise dg.Failure(
                 description=f"{error}\n\nWhat was finished is kept; run it again to go on.",
-                metadata=_run_metadata(error.outcome),
+                metadata={
+                    RUN_WRITTEN: error.outcome.total.written,
+                    **_run_metadata(error.outcome),
+                },
                 allow_retries=True,
             ) from error
         except LeaseError as error:
@@ -309,7 +315,7 @@ def _run_metadata(outcome: "Outcome") -> Metadata:
         else 0.0,
         "run_seconds": round(outcome.seconds, 3),
         "run_tokens": outcome.tokens,
-        "run_cost_usd": round(outcome.cost, 6),
+        "run_cost_usd": round(outcome.cost, 9),
         "run_requests": outcome.requests,
         "run_throttled": outcome.throttled,
         "run_retried": outcome.retried,
