@@ -20,9 +20,9 @@ from embedding_pipeline.spec_files import TableFile
 from embedding_pipeline.store.column import Column
 from embedding_pipeline.store.lease import Lease
 from embedding_pipeline.store.pending import count_by_partition
-from embedding_pipeline_tests.faults.server import FaultServer
+from embedding_pipeline_tests.faults.server import FaultServer, Status
 from embedding_pipeline_tests.rows import make_column, pretend_filled
-from embedding_pipeline_tests.tables import create_docs, spec
+from embedding_pipeline_tests.tables import create_docs, embedding, spec
 
 Connection = psycopg.Connection[Any]
 ALL = ("coverage", "vectors_valid", "golden_mrr", "index_recall")
@@ -182,6 +182,26 @@ def test_coverage_warns_at_first_and_fails_when_rows_have_waited(
     since(connection, 2)
     old = complete.nightly("coverage")["coverage"]
     assert (old.passed, old.severity) == (False, "ERROR")
+
+
+@pytest.mark.parametrize(("refused", "passed"), [(2, True), (3, False)])
+def test_coverage_fails_past_the_share_of_refused_rows_that_the_yaml_allows(
+    project: Project, refused: int, passed: bool
+) -> None:
+    table = spec(embeddings=[embedding(max_quarantined_share=0.04)])
+    file = TableFile(table, project.file.path)
+    project = Project(file, project.column, project.database, project.server)
+    texts = [f"text number {n}" for n in range(1, 1 + refused)]
+    project.server.poison = {text: Status(400, words="not this") for text in texts}
+
+    for said in (project.embed(checks=("coverage",)), project.nightly("coverage")):
+        coverage = said["coverage"]
+        assert (coverage.passed, coverage.evaluated) == (passed, True), coverage
+        if passed:
+            assert f"{refused} quarantined" in coverage.words
+        else:
+            assert coverage.severity == "ERROR"
+            assert "3 rows (5.0%) are quarantined, more than 4.0%" in coverage.words
 
 
 def test_shuffled_vectors_fail_the_golden_set(complete: Project, connection: Connection) -> None:
