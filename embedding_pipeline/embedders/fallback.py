@@ -20,7 +20,10 @@ QUERY_SECONDS = 3.0
 """For one provider's answer to a query."""
 HEAD_START_SECONDS = 0.1
 """That a provider which failed before has over the other one, to show that it is back. One that
-refuses connections loses it at once."""
+refuses connections loses it at once; one that is slower still answers if it is before the other."""
+PROBE_EVERY_SECONDS = 0.5
+"""How soon a provider is asked again whose last probe hangs: a server that could not be reached
+takes new requests long before those that it lost come to their timeout."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,9 @@ class FallbackEmbedder:
 
     Closed: the preferred provider is asked. Its first failure opens the circuit; that query and
     the next ones go to the other. Half-open: while open, a query also asks the preferred one,
-    with a head start and at most one such probe at a time; as soon as it answers it is active
-    again, for this very query if it was quick. Without a `secondary` only the first state exists.
+    with a head start, one such probe at a time or `PROBE_EVERY_SECONDS`; as soon as it answers it
+    is active again, for this very query if it was before the other. Without a `secondary` only
+    the first state exists.
 
     `columns` are the columns that the two models fill. `on_state` hears of the state after each
     answer and each failure; it must return at once and raise nothing.
@@ -81,7 +85,9 @@ class FallbackEmbedder:
         self._query_seconds, self._head_start = query_seconds, head_start_seconds
         self._clock = clock
         self._open = False
-        self._probe: asyncio.Task[QueryVector] | None = None
+        self._probes: set[asyncio.Task[QueryVector]] = set()
+        self._probed_at = 0.0
+        self._primary_error: EmbedError | None = None
         self._state = FallbackState(
             primary.endpoint.name, primary.model, datetime.now(UTC), column=columns[0]
         )
@@ -118,52 +124,78 @@ class FallbackEmbedder:
                 raise
             except EmbedError as error:
                 self._note(error)
+                self._primary_error = error
                 self._switch(opened=True)
-                return await self._ask_secondary(self._secondary, text, error)
+                return await self._ask_secondary(self._secondary, text)
         return await self._ask_while_open(self._secondary, text)
 
     async def aclose(self) -> None:
         """Close both embedders."""
-        if self._probe is not None:
-            self._probe.cancel()
-            await asyncio.gather(self._probe, return_exceptions=True)
+        probes = self._cancel_probes()
+        await asyncio.gather(*probes, return_exceptions=True)
         await self._primary.aclose()
         if self._secondary is not None:
             await self._secondary.aclose()
 
     async def _ask_while_open(self, secondary: Embedder, text: str) -> QueryVector:
-        probe = self._probe
-        if probe is None or probe.done():
-            probe = self._probe = asyncio.create_task(self._ask(self._primary, text))
-            probe.add_done_callback(self._probed)
-            await asyncio.wait({probe}, timeout=self._head_start)
-            if probe.done() and not probe.cancelled() and probe.exception() is None:
-                return probe.result()
-        return await self._ask_secondary(secondary, text, None)
+        probe = self._new_probe(text)
+        if probe is None:
+            return await self._ask_secondary(secondary, text)
+        await asyncio.wait({probe}, timeout=self._head_start)
+        if _has_answered(probe):
+            return probe.result()
+        other = asyncio.create_task(self._ask_secondary(secondary, text))
+        try:
+            await asyncio.wait({probe, other}, return_when=asyncio.FIRST_COMPLETED)
+            if not _has_answered(probe) and not (_has_answered(other) or _is_refused(other)):
+                # one has failed: who is left may be the only one that works
+                await asyncio.wait({probe, other})
+            return probe.result() if _has_answered(probe) else await other
+        finally:
+            other.cancel()
+            await asyncio.gather(other, return_exceptions=True)
+
+    def _new_probe(self, text: str) -> "asyncio.Task[QueryVector] | None":
+        """The preferred provider's answer to come; None while it is too soon to ask again."""
+        now = self._clock()
+        if self._probes and now - self._probed_at < PROBE_EVERY_SECONDS:
+            return None
+        self._probed_at = now
+        probe = asyncio.create_task(self._ask(self._primary, text))
+        self._probes.add(probe)
+        probe.add_done_callback(self._probed)
+        return probe
 
     def _probed(self, probe: "asyncio.Task[QueryVector]") -> None:
+        self._probes.discard(probe)
         if probe.cancelled():
             return
         error = probe.exception()
         if error is None or isinstance(error, InputError):
             # a refusal is an answer as well
+            self._cancel_probes()
             self._switch(opened=False)
         elif isinstance(error, EmbedError):
             self._note(error)
+            self._primary_error = error
 
-    async def _ask_secondary(
-        self, secondary: Embedder, text: str, first: EmbedError | None
-    ) -> QueryVector:
+    def _cancel_probes(self) -> "list[asyncio.Task[QueryVector]]":
+        """Those that are still waiting have nothing more to tell."""
+        probes = list(self._probes)
+        for probe in probes:
+            probe.cancel()
+        return probes
+
+    async def _ask_secondary(self, secondary: Embedder, text: str) -> QueryVector:
         try:
             return replace(await self._ask(secondary, text), fell_back=True)
         except InputError:
             raise
         except EmbedError as error:
             self._note(error)
-            other = first or self._state.last_error or "is down"
             raise TransientError(
-                f"no provider answers queries.\n{self._primary.endpoint.name}: {other}\n"
-                f"{secondary.endpoint.name}: {error}",
+                f"no provider answers queries.\n{self._primary.endpoint.name}: "
+                f"{self._primary_error}\n{secondary.endpoint.name}: {error}",
                 cause="unreachable",
             ) from error
 
@@ -208,3 +240,11 @@ class FallbackEmbedder:
 
     def _note(self, error: EmbedError) -> None:
         self._state = replace(self._state, last_error=str(error), last_error_at=datetime.now(UTC))
+
+
+def _has_answered(asked: "asyncio.Task[QueryVector]") -> bool:
+    return asked.done() and not asked.cancelled() and asked.exception() is None
+
+
+def _is_refused(asked: "asyncio.Task[QueryVector]") -> bool:
+    return asked.done() and not asked.cancelled() and isinstance(asked.exception(), InputError)

@@ -13,7 +13,8 @@ from embedding_pipeline.embedders import (
     QueryVector,
     TransientError,
 )
-from embedding_pipeline_tests.embedders.support import embedder_of, endpoint_of
+from embedding_pipeline.embedders.fallback import PROBE_EVERY_SECONDS
+from embedding_pipeline_tests.embedders.support import FakeTime, embedder_of, endpoint_of
 from embedding_pipeline_tests.faults.server import FaultServer, Hang, Status
 
 OTHER_MODEL = "text-embedding-3-small"
@@ -125,6 +126,55 @@ def test_a_tei_that_hangs_is_left_and_probed_once_at_a_time(
         asyncio.run(main())
 
 
+def test_a_tei_that_is_back_is_found_while_older_probes_still_hang(
+    server: FaultServer, other: FaultServer
+) -> None:
+    """A network came back after a minute. The one probe that it had swallowed was still waited
+    for, and until its timeout every query went to the service that costs money."""
+    server.script(Status(503))
+    server.rule = lambda number, inputs: Hang()
+    time = FakeTime()
+
+    async def main() -> None:
+        async with fallback_of(server, other, query_seconds=60) as embedder:
+            embedder._clock, embedder._head_start = time.clock, 0.0
+            assert (await embedder.embed_query("first")).fell_back
+            assert (await embedder.embed_query("its probe hangs")).fell_back
+            server.rule = None
+            assert (await embedder.embed_query("too soon to ask again")).fell_back
+            time.now += PROBE_EVERY_SECONDS
+            embedder._head_start = 60
+            assert_is_truth(await embedder.embed_query("back"), server, "back")
+            assert embedder.state.active == "test-tei"
+            assert server.count.requests == 3
+            async with asyncio.timeout(30):
+                while server.count.in_flight:  # the probe that hangs is given up
+                    await asyncio.sleep(0.01)
+
+    with other:
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize("fault", [Hang(), Status(500, words="other is broken")], ids=repr)
+def test_a_tei_that_is_back_and_slow_is_waited_for_as_long_as_nobody_else_answers(
+    server: FaultServer, other: FaultServer, fault: Hang | Status
+) -> None:
+    """TEI was back, on a machine where it takes half a second. The query went on to the other one
+    after a tenth of it, which was down by then: an error, and TEI's answer was thrown away."""
+    server.script(Status(503))
+
+    async def main() -> None:
+        async with fallback_of(server, other, query_seconds=60) as embedder:
+            embedder._head_start = 0.0
+            assert (await embedder.embed_query("down")).fell_back
+            other.rule, server.delay = (lambda number, inputs: fault), 0.3
+            assert_is_truth(await embedder.embed_query("back"), server, "back")
+            assert embedder.state.active == "test-tei"
+
+    with other:
+        asyncio.run(main())
+
+
 def test_a_tei_with_another_model_is_not_used_for_queries(
     server: FaultServer, other: FaultServer
 ) -> None:
@@ -152,7 +202,10 @@ def test_when_nobody_answers_both_reasons_are_told(server: FaultServer, other: F
     async def main() -> None:
         async with fallback_of(server, other) as embedder:
             for _ in range(2):
-                with pytest.raises(TransientError, match=r"(?s)test-tei.*test-openai.*other is"):
+                with pytest.raises(
+                    TransientError,
+                    match=r"test-tei: .*500: tei is broken\ntest-openai: .*500: other is broken",
+                ):
                     await embedder.embed_query("query")
             other.rule = None
             assert (await embedder.embed_query("query")).fell_back
