@@ -55,6 +55,8 @@ class ColumnResult:
     column: str
     embedded: int = 0
     """Rows written: embedded, reused or cleared."""
+    quarantined: int = 0
+    truncated: int = 0
     tokens: int = 0
     cost: float = 0.0
     seconds: float = 0.0
@@ -234,11 +236,14 @@ def _embed(
             {"ops": {key.to_python_identifier(): {"config": run_config}}} if run_config else {},
             on_progress,
         )
-        written, used, held, too_dear, braked = 0, None, False, False, False
+        written, quarantined, truncated = 0, 0, 0
+        used, held, too_dear, braked = None, False, False, False
         for event in outcome.all_events:
             if event.is_step_materialization and event.asset_key == key:
                 used = event.step_materialization_data.materialization.metadata
                 written += int(sum(_number(used, n) for n in ("embedded", "reused", "cleared")))
+                quarantined += int(_number(used, "quarantined"))
+                truncated += int(_number(used, "truncated"))
                 too_dear = too_dear or TOO_DEAR in str(used.get("stopped"))
                 braked = braked or HELD_BY in used
             if event.is_failure and event.is_step_event:
@@ -248,7 +253,11 @@ def _embed(
                 # materialisations of a failed run are only of the partitions that it completed
                 if RUN_WRITTEN in (used := _failure_figures(event)):
                     written = int(_number(used, RUN_WRITTEN))
+                    quarantined = int(_number(used, "quarantined"))
+                    truncated = int(_number(used, "truncated"))
         result.embedded += written
+        result.quarantined += quarantined
+        result.truncated += truncated
         if used is not None:
             result.tokens += int(_number(used, "run_tokens"))
             result.cost += _number(used, "run_cost_usd")

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from embedding_pipeline import main_job
-from embedding_pipeline.cli.embedding import _closing_table
+from embedding_pipeline.cli.embedding import _closing_table, _not_as_they_are
 from embedding_pipeline.embedders import endpoints
 from embedding_pipeline.main_job import ColumnResult
 from embedding_pipeline.spec_files import TableFile
@@ -25,6 +25,7 @@ from embedding_pipeline_tests.tables import create_docs, embedding, spec
 Connection = psycopg.Connection[Any]
 ROWS, BATCH = 40, 4
 DOLLARS_A_TOKEN = 0.25
+MOST_TOKENS = 40
 
 
 @pytest.fixture
@@ -46,6 +47,7 @@ def project(
     providers = tmp_path / "providers.yaml"
     providers.write_text(
         f"providers:\n  paid: {{dialect: openai, address: '{server.openai_url}',"
+        f" max_tokens_per_input: {MOST_TOKENS},"
         f" price_per_million_tokens: {{test-model: {DOLLARS_A_TOKEN * 1_000_000}}}}}\n"
     )
     monkeypatch.setattr(endpoints, "PROVIDERS_FILE", providers)
@@ -110,3 +112,24 @@ def test_a_run_that_fails_says_what_it_wrote_and_what_that_cost(
     server.rule = None
     again = embed(project, connection)
     assert (again.embedded, again.errors) == (ROWS - written, [])
+
+
+@pytest.mark.parametrize("then", [None, Status(401)], ids=["the run succeeds", "the run fails"])
+def test_rows_that_were_refused_or_cut_are_told(
+    project: DagsterProject, connection: Connection, server: FaultServer, then: Status | None
+) -> None:
+    """A backfill said "38 rows written" and ended with 0; who counts 40 to the end?"""
+    connection.execute("UPDATE docs SET body = repeat('word ', 60) WHERE id = 4")
+    server.poison = {text: Status(400) for text in ("text number 8", "text number 12")}
+    # of the first partition's ten rows all are known by then
+    server.rule = lambda number, inputs: then if "text number 1" in inputs else None
+
+    result = embed(project, connection)
+
+    assert bool(result.errors) == (then is not None)
+    assert (result.quarantined, result.truncated) == (2, 1)
+    told = "\n".join(_not_as_they_are(result))
+    assert "2 rows were refused" in told
+    assert "embedding-pipeline retry docs embedding_4 --list" in told
+    assert "1 texts were longer" in told
+    assert _not_as_they_are(ColumnResult("docs", "embedding_4", embedded=40)) == []

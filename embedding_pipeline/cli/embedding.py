@@ -169,6 +169,8 @@ def backfill(
                 f"{bound}: {result.embedded:,} rows written, {result.tokens:,} tokens, "
                 f"${result.cost:.4f}"
             )
+            for line in _not_as_they_are(result):
+                console.print(f"{bound}: {line}")
             for line in result.warnings:
                 console.print(f"warning: {bound}: {line}")
             for line in result.errors:
@@ -176,6 +178,22 @@ def backfill(
                 failed = True
     if failed:
         sys.exit(ERROR)
+
+
+def _not_as_they_are(result: "ColumnResult") -> list[str]:
+    """What became of texts that were not embedded as they stand in the table."""
+    lines = []
+    if result.quarantined:
+        lines.append(
+            f"{result.quarantined:,} rows were refused and are quarantined; why: "
+            f"embedding-pipeline retry {result.table} {result.column} --list"
+        )
+    if result.truncated:
+        lines.append(
+            f"{result.truncated:,} texts were longer than the model takes and were cut "
+            "(overlong: truncate)"
+        )
+    return lines
 
 
 def _job() -> Any:

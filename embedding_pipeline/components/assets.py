@@ -209,6 +209,8 @@ def embedding_asset(table: TableSpec, embedding: EmbeddingSpec) -> dg.AssetsDefi
                 description=f"{error}\n\nWhat was finished is kept; run it again to go on.",
                 metadata={
                     RUN_WRITTEN: error.outcome.total.written,
+                    "quarantined": error.outcome.total.quarantined,
+                    "truncated": error.outcome.total.truncated,
                     **_run_metadata(error.outcome),
                 },
                 allow_retries=True,

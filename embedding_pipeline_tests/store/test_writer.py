@@ -348,6 +348,29 @@ def test_the_batch_size_follows_how_long_locks_are_held() -> None:
     assert subject.batch_rows == LARGEST_BATCH
 
 
+def test_a_table_that_is_slow_to_write_gets_smaller_batches(
+    database: str, connection: Connection, column: Column
+) -> None:
+    """A live index, or a trigger: 2,000 rows a batch held their locks for 1.3 s, and the user's
+    own UPDATE of one of them waited as long."""
+    connection.execute(
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$BEGIN PERFORM pg_sleep(0.02); RETURN NEW; END$$"
+    )
+    connection.execute(
+        "CREATE TRIGGER slow BEFORE UPDATE ON docs FOR EACH ROW EXECUTE FUNCTION slow()"
+    )
+    rows = staged(connection, column, *range(1, 13))
+    subject = Writer(column)
+    assert subject.batch_rows > SMALLEST_BATCH
+
+    async def write(c: "psycopg.AsyncConnection[Any]") -> int:
+        return len((await subject.write(c, rows)).written)
+
+    assert with_connection(database, write) == 12
+    assert subject.batch_rows == SMALLEST_BATCH
+
+
 def index_names(plan: Any, table: str) -> list[str]:
     """How a plan reads a table: index names, or node types where it is not by index."""
     own = []
