@@ -40,6 +40,12 @@ GLOBAL_CODES = frozenset(
 )
 
 
+TOO_LARGE = "request too large"
+"""In OpenAI's words of a 429 to one request with more tokens than the account has in a minute
+("Request too large for … on tokens per min (TPM): Limit 40000, Requested 64000"). Waiting does not
+help, half of it may fit."""
+
+
 @dataclass
 class Answer:
     """One request's checked answer."""
@@ -65,7 +71,7 @@ def error_for_status(
             f"{endpoint.name} at {endpoint.address} redirects to {target}; "
             "write the address that it should be asked at (keys are never sent along a redirect)"
         )
-    if status in INPUT_STATUSES:
+    if status in INPUT_STATUSES or (status == 429 and TOO_LARGE in text.casefold()):
         return InputError(f"{status}: {words}")
     if status == 429:
         return TransientError(said, cause="throttled", retry_after=retry_after(headers))

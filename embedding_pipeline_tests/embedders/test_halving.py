@@ -104,6 +104,35 @@ def test_a_first_text_that_is_refused_alone_is_still_its_own_fault(server: Fault
     asyncio.run(main())
 
 
+def test_a_request_larger_than_the_accounts_minute_is_halved(server: FaultServer) -> None:
+    """A new account has 40,000 tokens a minute. OpenAI answers 429 to a request of 64,000, as it
+    does to one that comes too soon, and a script waited for this one to pass until the morning."""
+    wanted = texts(64)
+    server.rule = lambda number, inputs: (
+        Status(
+            429,
+            words=f"Request too large for test-model in organization org-1 on tokens per min (TPM):"
+            f" Limit 40, Requested {3 * len(inputs)}. The input or output tokens must be reduced",
+            code="rate_limit_exceeded",
+        )
+        if 3 * len(inputs) > 40
+        else None
+    )
+
+    async def main() -> None:
+        embedder = embedder_of(endpoint_of(server, "openai", max_inputs=64), server)
+        result = await embedder.embed(wanted)
+        assert result.refused == {}
+        assert result.truncated == []
+        assert np.array_equal(result.vectors, server.truth(wanted))
+        # 64, 32 and 16 are too large, 8 are not
+        assert sorted(server.count.sizes) == [8] * 8 + [16] * 4 + [32] * 2 + [64]
+        assert result.throttled == 0
+        await embedder.aclose()
+
+    asyncio.run(main())
+
+
 def test_blank_and_broken_texts_are_never_sent(server: FaultServer) -> None:
     """OpenAI refuses a whole request for one empty string; a lone surrogate cannot even be
     encoded, and the client's UnicodeEncodeError ended the run."""
