@@ -13,6 +13,7 @@ takes the next fault of the script (`FaultServer.script`), else what the rule sa
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import math
@@ -70,6 +71,11 @@ class HalfResponse:
 
 
 @dataclass(frozen=True)
+class Drip:
+    """A proper answer, twenty bytes a second: no single read takes long."""
+
+
+@dataclass(frozen=True)
 class Edit:
     """A proper answer, changed: the function gets the dialect's JSON and returns another."""
 
@@ -97,7 +103,7 @@ class WrongModel:
     name: str
 
 
-Fault = Status | Hang | Reset | HalfResponse | Edit | Vectors | RawBody | WrongModel | None
+Fault = Status | Hang | Drip | Reset | HalfResponse | Edit | Vectors | RawBody | WrongModel | None
 
 
 def fewer(count: int = 1) -> Edit:
@@ -303,7 +309,7 @@ class FaultServer:
             app.router.add_get("/info", self._info)
             app.router.add_post("/embed", self._embed)
             app.router.add_post("/v1/embeddings", self._embeddings)
-            runner = web.AppRunner(app, shutdown_timeout=0.01, access_log=None)
+            runner = web.AppRunner(app, shutdown_timeout=10, access_log=None)
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", self._port)
             try:
@@ -313,6 +319,12 @@ class FaultServer:
                 return
             listening.set_result(runner.addresses[0][1])
             await self._stop.wait()
+            await site.stop()
+            # handlers end by themselves, their connections gone: aiohttp stumbles over those that
+            # it has to cancel (InvalidStateError)
+            for connection in runner.server.connections if runner.server else ():
+                if connection.transport is not None:
+                    connection.transport.abort()
             await runner.cleanup()
 
         asyncio.run(main())
@@ -420,12 +432,19 @@ class FaultServer:
                     content_type="application/json",
                 )
             if self.delay:
-                await asyncio.sleep(self.delay)
+                await self._sleep(self.delay)
             return await self._answer(request, texts, fault, proper)
         finally:
             with self._lock:
                 count.in_flight -= 1
                 count.inputs_in_flight -= len(texts)
+
+    async def _sleep(self, seconds: float) -> None:
+        """Until then, or until the server stops."""
+        assert self._stop is not None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stop.wait()
 
     async def _answer(
         self,
@@ -443,7 +462,9 @@ class FaultServer:
             while time.monotonic() < until:
                 if self._stop.is_set() or transport.is_closing():
                     return web.Response(status=500)
-                await asyncio.sleep(0.02)
+                await self._sleep(0.02)
+        if isinstance(fault, Drip):
+            return await self._drip(request, proper)
         if isinstance(fault, Reset):
             transport.abort()
             return web.Response()
@@ -466,6 +487,22 @@ class FaultServer:
             self.count.tokens += tokens
             self.count.answered += fault is None
         return web.Response(body=encoded, content_type="application/json", headers=headers)
+
+    async def _drip(
+        self, request: web.Request, proper: Callable[[Fault], Any]
+    ) -> web.StreamResponse:
+        transport = request.transport
+        assert self._stop is not None
+        encoded = json.dumps(proper(None)).encode()
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(encoded)}\r\n\r\n".encode()
+        for byte in head + encoded:
+            if transport is None or transport.is_closing() or self._stop.is_set():
+                break
+            transport.write(bytes([byte]))
+            await self._sleep(0.05)
+        if transport is not None:
+            transport.close()
+        return web.Response()
 
     def _limit_headers(self) -> dict[str, str]:
         limit = self.rate_limit
