@@ -45,6 +45,7 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
         brakes = Brakes(connection)
         for file, bound in _bound(connection, tables, columns, problems):
             before = len(rows)
+            state = read_state(connection, file.spec)
             for column in bound:
                 try:
                     verify(connection, column, environment)
@@ -73,9 +74,17 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
                         and used.last_run_at.isoformat(timespec="seconds"),
                     }
                     | brakes.of(column, as_json)
-                    | ({"incidents": incidents_of(connection, str(column))} if as_json else {})
+                    | (
+                        {
+                            "incidents": incidents_of(connection, str(column)),
+                            # of the table: which endpoint, and so which column, answers queries
+                            "query_endpoint": state and state.to_json(),
+                        }
+                        if as_json
+                        else {}
+                    )
                 )
-            if len(rows) > before and (state := read_state(connection, file.spec)) is not None:
+            if len(rows) > before and state is not None:
                 queries.append(f"queries of {file.spec.table}: {state}")
         alerts = status_lines(connection, load_settings())
     print_rows(rows, as_json)

@@ -5,7 +5,7 @@ import os
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -52,6 +52,13 @@ class RecordedState:
             when = self.last_error_at.isoformat(timespec="seconds")
             text += f"; last error {when}: {self.last_error.splitlines()[0]}"
         return text
+
+    def to_json(self) -> dict[str, str | bool | float | None]:
+        """The same for scripts; times as ISO 8601."""
+        return {
+            name: value.isoformat(timespec="milliseconds") if isinstance(value, datetime) else value
+            for name, value in asdict(self).items()
+        }
 
 
 class StateRecorder:

@@ -1,8 +1,10 @@
 """EMBEDDING_MODE: who embeds a table's queries, which column is searched, and who can see it."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -203,22 +205,36 @@ def test_status_tells_who_answers_queries(
     migrate(connection, [table])
     tei.rule = lambda number, inputs: Hang() if number else None
 
-    async def main() -> None:
+    async def main() -> datetime:
         embedder = make_query_embedder(settings_of("server", tei), table, record_in=database)
         await embedder.embed_query("a question")
         await embedder.aclose()
+        return embedder.state.since
 
-    asyncio.run(main())
-    wait_until(lambda: read_state(connection, table) is not None, "the state to be recorded")
     with ExitStack() as opened:
         opened.enter_context(fresh_settings())
         use_database(monkeypatch, database)
         write_tables(tmp_path / "defs", table)
         set_variables(monkeypatch, EMBEDDING_PIPELINE_DEFS=str(tmp_path / "defs"))
+        before = CliRunner().invoke(command_line, ["status", "--table", "docs", "--json"])
+        since = asyncio.run(main())
+        wait_until(lambda: read_state(connection, table) is not None, "the state to be recorded")
         shown = CliRunner().invoke(command_line, ["status", "--table", "docs"])
         plain = CliRunner().invoke(command_line, ["status", "--table", "docs", "--json"])
     assert "queries of docs: tei (test-model-4, column embedding_4) answers since" in shown.output
     assert "queries of" not in plain.output
+    assert [row["query_endpoint"] for row in json.loads(before.stdout)] == [None]
+    [state] = [row["query_endpoint"] for row in json.loads(plain.stdout)]
+    assert (state["active"], state["model"], state["column"]) == (
+        "tei",
+        "test-model-4",
+        "embedding_4",
+    )
+    assert datetime.fromisoformat(state["since"]) == since.replace(
+        microsecond=since.microsecond // 1000 * 1000
+    )
+    assert state["latency_ms"] > 0
+    assert (state["fell_back"], state["last_error"], state["last_error_at"]) == (False, None, None)
 
 
 @pytest.mark.parametrize(
