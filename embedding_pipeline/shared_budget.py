@@ -33,20 +33,18 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import psycopg
 
 from embedding_pipeline.embedders.budget import Budget, Clock, TokenBucket
-from embedding_pipeline.embedders.found_rate import FoundRate, Outcomes, noted
+from embedding_pipeline.embedders.found_rate import FoundRate, noted
 from embedding_pipeline.embedders.port import Endpoint
+from embedding_pipeline.embedders.share import SYNC_SECONDS, Share
+from embedding_pipeline.embedders.tally import Event
 from embedding_pipeline.embedders.timeline import (
     RemoteClock,
-    Turns,
-    costs,
     local_start,
-    per_second,
 )
 from embedding_pipeline.errors import PipelineError
 from embedding_pipeline.store import endpoint_budget as store
@@ -55,13 +53,6 @@ from embedding_pipeline.store.endpoint_budget import EndpointKey, Limits, Shared
 
 logger = logging.getLogger(__name__)
 
-CHUNK_SECONDS = 0.25
-"""Of the timeline, reserved at once by a process that is busy."""
-SYNC_SECONDS = 1.0
-HURRIED_SYNC_SECONDS = 0.25
-"""The same while others hold what is this process's share."""
-NOTE_SECONDS = 0.1
-"""At most so often a throttle is written down at once."""
 IDLE_SECONDS = 5.0
 """Without a request, after which a process gives its places back and closes its connection."""
 RETRY_SECONDS = 5.0
@@ -82,32 +73,22 @@ class SharedBudget:
         self._places_key = EndpointKey.of(endpoint.name, endpoint.address)
         self._rate_key = EndpointKey.of(self.name, endpoint.address)
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:12]}"
-        self._ceiling = endpoint.concurrency
-        self._given = Limits(endpoint.requests_per_minute, endpoint.tokens_per_minute)
-        self._learnt = Limits()
-        self._to_tell: Limits | None = None
         # all of the state: under the lock
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._share = Share(
+            endpoint.concurrency,
+            Limits(endpoint.requests_per_minute, endpoint.tokens_per_minute),
+        )
+        self._database_clock = RemoteClock()
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self._worker: threading.Thread | None = None
         self._closing = False
-        self._places: int | None = None
-        self._holders = 1
-        self._in_flight = self._most_in_flight = 0
-        self._short_of_places = self._hurry = True
-        self._turns = Turns(CHUNK_SECONDS)
-        self._database_clock = RemoteClock()
-        self._seconds_needed: float | None = None
         self._asked_at = clock()
         self._busy_since: float | None = None
-        self._synced_at = -math.inf
         self._away = False
         self._told = False
         self._own: TokenBucket | None = None
-        self._found = FoundRate()
-        self._outcomes = Outcomes(0)
-        self._counted_from = self._noted_at = -math.inf
 
     # ---- what the engine calls ---------------------------------------------------------------
 
@@ -116,15 +97,15 @@ class SharedBudget:
         while True:
             with self._lock:
                 self._ensure_worker()
-                self._asked_at = self._clock()
-                away = self._is_away()
-                own = self._own_budget() if away else None
-                at = None
-                if self._has_place(away):
-                    at = self._clock() if own else self._turn(tokens)
+                now = self._asked_at = self._clock()
+                own = self._own_budget() if self._is_away() else None
+                at, urgent = None, self._share.urgent
+                if self._share.has_place(alone=own is not None):
+                    at = now if own is not None else self._share.turn(tokens, now)
+                if self._share.urgent > urgent:
+                    self._changed.notify_all()
                 if at is not None:
-                    self._in_flight += 1
-                    self._most_in_flight = max(self._most_in_flight, self._in_flight)
+                    self._share.enter()
                     break
                 waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 self._waiters.append((asyncio.get_running_loop(), waiter))
@@ -142,10 +123,7 @@ class SharedBudget:
     def release(self, tokens: int, used: int | None) -> None:
         """See `Budget.release`."""
         with self._lock:
-            self._in_flight -= 1
-            limit = self.limits.tokens_per_minute
-            if used is not None and limit:
-                self._turns.correct_tokens((used - tokens) / per_second(limit))
+            self._share.leave(tokens, used)
             if used is not None and self._own is not None:
                 self._own.release(tokens, used)
             self._wake()
@@ -153,54 +131,43 @@ class SharedBudget:
     def learn(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
         """See `Budget.learn`; every process takes it over with its next round trip."""
         with self._lock:
-            known = self._learnt
-            heard = Limits(
-                requests_per_minute or known.requests_per_minute,
-                tokens_per_minute or known.tokens_per_minute,
-            )
-            if heard != known:
-                self._learnt = self._to_tell = heard
+            self._share.learn(requests_per_minute, tokens_per_minute)
 
     @property
-    def generation(self) -> int | None:
+    def limits(self) -> Limits:
+        """Requests and tokens a minute that are kept, from the YAML or from the provider."""
+        return self._share.limits
+
+    @property
+    def generation(self) -> int:
         """See `Budget.generation`."""
-        return None if self._away else self._found.generation
+        own = self._own
+        return self._share.tally.found.generation if own is None else own.generation
 
     @property
     def paced(self) -> bool:
         """See `Budget.paced`."""
-        return bool(self.limits) or self._found.per_second is not None
+        own = self._own
+        return self._share.paced if own is None else own.paced
 
     @property
     def places_are_not_why(self) -> bool:
         """See `Budget.places_are_not_why`."""
-        return self._found.measuring or self._found.usual is not None
+        own = self._own
+        return self._share.tally.found.places_are_not_why if own is None else own.places_are_not_why
 
-    def note(self, generation: int, *, answered: bool) -> None:
+    def note(self, generation: int, event: Event) -> None:
         """See `Budget.note`; written with the next round trip, after a throttle soon."""
         with self._lock:
-            so_far = self._outcomes
-            if generation != so_far.generation:
-                return
-            if answered:
-                self._outcomes = replace(so_far, answered=so_far.answered + 1)
-                return
-            self._outcomes = replace(so_far, throttled=so_far.throttled + 1)
-            if not so_far.throttled:
+            if self._own is not None:
+                self._own.note(generation, event)
+            elif self._share.tally.note(generation, event):
                 self._changed.notify_all()
-
-    @property
-    def limits(self) -> Limits:
-        """What is kept: the YAML's limits, and where it has none what a provider has said."""
-        return Limits(
-            self._given.requests_per_minute or self._learnt.requests_per_minute,
-            self._given.tokens_per_minute or self._learnt.tokens_per_minute,
-        )
 
     def lower_ceiling(self, ceiling: int) -> None:
         """The endpoint says that it takes fewer at once."""
         with self._lock:
-            self._ceiling = min(self._ceiling, ceiling)
+            self._share.ceiling = min(self._share.ceiling, ceiling)
 
     def close(self) -> None:
         """Give the places back; a later `acquire` would take some again."""
@@ -212,35 +179,6 @@ class SharedBudget:
 
     # ---- under the lock ----------------------------------------------------------------------
 
-    def _has_place(self, away: bool) -> bool:
-        places = self._places
-        if away:
-            places = self._ceiling if places is None else max(1, places)
-        if places is not None and self._in_flight < places:
-            return True
-        if not self._short_of_places:
-            self._short_of_places = self._hurry = True
-            self._changed.notify_all()
-        return False
-
-    def _turn(self, tokens: int) -> float | None:
-        """When a request may be sent by what is reserved; None: something has to be, first."""
-        now, limits = self._clock(), self.limits
-        if not self.paced:
-            return now
-        by_requests, by_tokens = costs(limits, tokens, self._found.per_second)
-        at = self._turns.take(now, by_requests, by_tokens)
-        if (at is None or at > now) and not self._outcomes.limited:
-            self._outcomes = replace(self._outcomes, limited=True)
-        if self._turns.short(now):
-            self._need(max(by_requests, by_tokens))
-        return at
-
-    def _need(self, seconds: float) -> None:
-        if self._seconds_needed is None:
-            self._seconds_needed = self._turns.next_chunk(seconds)
-            self._changed.notify_all()
-
     def _is_away(self) -> bool:
         stuck = self._busy_since is not None and self._clock() - self._busy_since > PATIENCE_SECONDS
         if stuck and not self._away:
@@ -249,8 +187,7 @@ class SharedBudget:
 
     def _set_away(self, why: str) -> None:
         self._away = True
-        self._turns.clear()
-        self._seconds_needed = None
+        self._share.forget_turns()
         if not self._told:
             self._told = True
             logger.warning(
@@ -264,14 +201,20 @@ class SharedBudget:
     def _own_budget(self) -> TokenBucket:
         """For a database that is away: this process's share of the limits."""
         if self._own is None:
-            requests, tokens = self.limits.requests_per_minute, self.limits.tokens_per_minute
-            if self._found.per_second is not None:
-                found = math.ceil(60 * self._found.per_second)
-                requests = found if requests is None else min(requests, found)
+            limits, holders, found = (
+                self._share.limits,
+                self._share.holders,
+                self._share.tally.found,
+            )
+            rate = found.per_second
             self._own = TokenBucket(
                 *(
-                    None if limit is None else max(1, limit // self._holders)
-                    for limit in (requests, tokens)
+                    None if limit is None else max(1, limit // holders)
+                    for limit in (limits.requests_per_minute, limits.tokens_per_minute)
+                ),
+                found=FoundRate(
+                    per_second=None if rate is None else rate / holders,
+                    generation=found.generation + 1,
                 ),
                 clock=self._clock,
             )
@@ -288,7 +231,7 @@ class SharedBudget:
     def _ensure_worker(self) -> None:
         if self._worker is None:
             self._closing = False
-            self._short_of_places = self._hurry = True
+            self._share.begin()
             self._worker = threading.Thread(
                 target=self._work, name=f"shared-budget-{self.name}", daemon=True
             )
@@ -307,7 +250,6 @@ class SharedBudget:
                         connection = opened.enter_context(connect(self._url))
                     if due == "sync":
                         self._sync(connection)
-                        self._note(connection)
                     elif due == "note":
                         self._note(connection)
                     else:
@@ -332,28 +274,15 @@ class SharedBudget:
         with self._lock:
             while True:
                 now = self._clock()
-                idle = self._in_flight == 0 and now - self._asked_at > IDLE_SECONDS
+                idle = self._share.in_flight == 0 and now - self._asked_at > IDLE_SECONDS
                 if idle or self._closing:
-                    self._worker, self._places, self._told = None, None, False
-                    self._synced_at = -math.inf
-                    self._turns.clear()
-                    self._seconds_needed = None
+                    self._worker, self._told = None, False
                     return None
-                if now >= retry_at:
-                    hurry = self._hurry or self._found.measuring
-                    sync_at = self._synced_at + (HURRIED_SYNC_SECONDS if hurry else SYNC_SECONDS)
-                    if now >= sync_at:
-                        return "sync"
-                    if self._seconds_needed is not None:
-                        return "reserve"
-                    if self._outcomes.throttled or self._found.throttled:
-                        note_at = self._noted_at + NOTE_SECONDS
-                        if now >= note_at:
-                            return "note"
-                        sync_at = min(sync_at, note_at)
-                    wait = sync_at - now
-                else:
-                    wait = retry_at - now
+                wait = retry_at - now
+                if wait <= 0:
+                    task, wait = self._share.next_task(now)
+                    if task is not None:
+                        return task
                 self._changed.wait(timeout=min(wait, IDLE_SECONDS))
 
     def _begin(self) -> None:
@@ -373,16 +302,15 @@ class SharedBudget:
 
     def _reserve(self, connection: "psycopg.Connection[Any]") -> None:
         with self._lock:
-            seconds, tell = self._seconds_needed or CHUNK_SECONDS, self._to_tell
-            self._to_tell = None
+            seconds, tell = self._share.seconds_needed, self._share.to_tell
+            self._share.to_tell = None
         sent = self._clock()
         reserved = store.reserve(connection, self._rate_key, seconds, tell or Limits())
         received = self._clock()
         with self._lock:
             self._take_over(reserved.learnt, reserved.found)
             start = local_start(self._database_clock, sent, received, reserved)
-            self._turns.add(start, seconds, self._holders)
-            self._seconds_needed = None
+            self._share.reserved(start, seconds)
 
     def _sync(self, connection: "psycopg.Connection[Any]") -> None:
         for _ in range(20):
@@ -397,39 +325,21 @@ class SharedBudget:
             with self._lock:
                 if rate is not None:
                     self._take_over(rate.learnt, rate.found)
-                wanted = self._ceiling
-                if not self._short_of_places:
-                    wanted = min(wanted, math.ceil(1.25 * self._most_in_flight) + 1)
-                mine = store.allot(self._holder, wanted, self._in_flight, self._ceiling, shared)
-                if self._places is not None:
-                    self._places = min(mine.allowed, self._places)
+                mine = self._share.claim(self._holder, shared)
             holders = {**shared.holders, self._holder: mine.held}
             if store.replace_holders(connection, self._places_key, shared.version, holders):
                 with self._lock:
-                    self._places, self._holders = mine.allowed, len(holders)
-                    self._short_of_places = self._in_flight >= mine.allowed
-                    self._hurry = mine.allowed < mine.fair
-                    self._most_in_flight = self._in_flight
-                    self._synced_at = self._clock()
+                    self._share.claimed(mine, len(holders), self._clock())
                 return
             time.sleep(0.01 * random.random())  # noqa: S311 - jitter, not a secret
         raise PipelineError("too many processes change it at once")
 
     def _note(self, connection: "psycopg.Connection[Any]") -> None:
-        """Add what became of this process's requests, where it tells something about the rate."""
+        """Add what became of this process's requests."""
         with self._lock:
-            now = self._clock()
-            given = self.limits.requests_per_minute
-            outcomes = replace(
-                self._outcomes,
-                seconds=now - self._counted_from,
-                holders=self._holders,
-                given=per_second(given) if given else None,
-            )
-            tells = self._found.active or outcomes.throttled
-            self._outcomes, self._counted_from = Outcomes(outcomes.generation), now
-            self._noted_at = now
-        for _ in range(20 if tells else 0):
+            share = self._share
+            outcomes = share.tally.collect(self._clock(), share.holders, share.requests_a_second)
+        for _ in range(20):
             shared = store.read(connection, self._rate_key)
             if shared is None:
                 store.create(connection, self._rate_key)
@@ -445,11 +355,8 @@ class SharedBudget:
             time.sleep(0.01 * random.random())  # noqa: S311 - jitter, not a secret
 
     def _take_over(self, learnt: Limits, found: FoundRate) -> None:
-        if learnt and self._to_tell is None:
-            self._learnt = learnt
-        if found.generation != self._found.generation:
-            self._outcomes, self._counted_from = Outcomes(found.generation), self._clock()
-        self._found = found
+        self._share.heard(learnt)
+        self._share.tally.take_over(found, self._clock())
 
     def _leave(self, connection: "psycopg.Connection[Any]") -> None:
         for _ in range(20):

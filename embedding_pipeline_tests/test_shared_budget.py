@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from embedding_pipeline.embedders.budget import SHARE
 from embedding_pipeline.embedders.found_rate import FoundRate
 from embedding_pipeline.embedders.port import Endpoint
+from embedding_pipeline.embedders.tally import Event
 from embedding_pipeline.shared_budget import SharedBudget
 from embedding_pipeline.store import endpoint_budget as store
 from embedding_pipeline.store.connection import connect
@@ -213,22 +215,21 @@ def test_a_rate_that_was_found_is_one_for_all_processes(
 ) -> None:
     first, second = make(), make()
 
-    async def use(budget: SharedBudget, *, answered: bool, times: int = 1) -> None:
+    async def use(budget: SharedBudget, became: Event, times: int = 1) -> None:
         for _ in range(times):
             await budget.acquire(1)
-            generation = budget.generation
-            assert generation is not None
-            budget.note(generation, answered=answered)
+            budget.note(budget.generation, "sent")
+            budget.note(budget.generation, became)
             budget.release(1, 1)
 
-    asyncio.run(use(second, answered=True))
-    asyncio.run(use(first, answered=False))
+    asyncio.run(use(second, "answered"))
+    asyncio.run(use(first, "throttled"))
     wait_until(lambda: first.places_are_not_why, "the rate to be measured")
     wait_until(lambda: second.places_are_not_why, "the other one to take part")
 
     def both_use_it() -> bool:
-        asyncio.run(use(first, answered=True, times=8))
-        asyncio.run(use(second, answered=False, times=2))
+        asyncio.run(use(first, "answered", times=8))
+        asyncio.run(use(second, "throttled", times=2))
         return first.paced and second.paced
 
     wait_until(both_use_it, "a rate to be found", 30)
@@ -348,6 +349,23 @@ def test_without_a_database_each_process_keeps_the_limit_itself_and_says_so_once
     assert "cannot connect" in caplog.text
     assert "hidden" not in caplog.text
     assert "secret" not in caplog.text
+
+
+def test_without_a_database_a_rate_is_found_alone() -> None:
+    budget = SharedBudget("postgresql://nobody:hidden@127.0.0.1:9/none", endpoint())
+
+    async def main() -> None:
+        while not budget.paced:
+            await budget.acquire(1)
+            budget.note(budget.generation, "sent")
+            budget.note(budget.generation, "throttled" if random.random() < 0.5 else "answered")
+            budget.release(1, 1)
+            await asyncio.sleep(0.005)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert budget._away
+    assert not budget.limits
+    budget.close()
 
 
 def test_a_database_that_comes_back_is_used_again(

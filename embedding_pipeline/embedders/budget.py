@@ -1,7 +1,7 @@
 """How many requests and tokens a minute an endpoint may be asked for.
 
 `Budget` is the seam: `TokenBucket` counts in this process; a shared one (a row in Postgres) can
-take its place without the engine noticing.
+take its place without the engine noticing. Both also find a rate that nobody tells (`found_rate`).
 """
 
 import asyncio
@@ -10,7 +10,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+from embedding_pipeline.embedders.found_rate import FoundRate, noted
 from embedding_pipeline.embedders.port import Endpoint
+from embedding_pipeline.embedders.tally import Event, Tally
 
 Sleep = Callable[[float], Awaitable[None]]
 Clock = Callable[[], float]
@@ -36,11 +38,8 @@ class Budget(Protocol):
         ...
 
     @property
-    def generation(self) -> int | None:
-        """Which rate holds now, of those that all processes have found by being throttled.
-
-        None: nobody finds it here, whoever sends has to find it.
-        """
+    def generation(self) -> int:
+        """Which rate holds now, of those that were found by being throttled."""
         ...
 
     @property
@@ -54,8 +53,8 @@ class Budget(Protocol):
         limited."""
         ...
 
-    def note(self, generation: int, *, answered: bool) -> None:
-        """A request that was sent in this generation was answered, or throttled."""
+    def note(self, generation: int, event: Event) -> None:
+        """What happened to a request of this generation."""
         ...
 
 
@@ -70,21 +69,20 @@ minute: OpenAI's rate-limit guide says that 60,000 may mean 1,000 a second."""
 class _Bucket:
     """Fills evenly up to a burst; may go below zero, a debt that later requests wait for."""
 
-    def __init__(self, per_minute: int, now: float) -> None:
-        self.per_minute = per_minute
-        self._rate = SHARE * per_minute / 60
-        self._burst = max(1.0, self._rate * BURST_SECONDS)
+    def __init__(self, rate: float, now: float) -> None:
+        self.rate = rate
+        self._burst = max(1.0, rate * BURST_SECONDS)
         self._level = self._burst
         self._filled_at = now
 
     def wait_for(self, amount: float, now: float) -> float:
         """Seconds until so much may be used; more than the burst only needs a full bucket."""
-        level = self._level + (now - self._filled_at) * self._rate
-        return max(0.0, (min(amount, self._burst) - level) / self._rate)
+        level = self._level + (now - self._filled_at) * self.rate
+        return max(0.0, (min(amount, self._burst) - level) / self.rate)
 
     def draw(self, amount: float, at: float) -> None:
         """Take the amount at a time that may lie ahead."""
-        level = self._level + (at - self._filled_at) * self._rate
+        level = self._level + (at - self._filled_at) * self.rate
         self._level, self._filled_at = min(self._burst, level) - amount, at
 
     def give_back(self, amount: float) -> None:
@@ -100,25 +98,30 @@ class TokenBucket:
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
         *,
+        found: FoundRate | None = None,
         sleep: Sleep = asyncio.sleep,
         clock: Clock = time.monotonic,
     ) -> None:
         self._sleep, self._clock = sleep, clock
         self._lock = threading.Lock()
         self._learns = (requests_per_minute is None, tokens_per_minute is None)
-        self._requests = self._renewed(None, requests_per_minute)
-        self._tokens = self._renewed(None, tokens_per_minute)
+        self._requests = self._renewed(None, _a_second(requests_per_minute))
+        self._tokens = self._renewed(None, _a_second(tokens_per_minute))
+        self._tally = Tally(found, clock())
+        self._found = self._renewed(None, self._tally.found.per_second)
 
     async def acquire(self, tokens: int) -> None:
         """First come, first served: each waits for the debt that it finds."""
-        drawn = [(self._requests, 1), (self._tokens, tokens)]
         with self._lock:
+            drawn = [(self._requests, 1), (self._tokens, tokens), (self._found, 1)]
             now = self._clock()
             waits = [bucket.wait_for(amount, now) for bucket, amount in drawn if bucket]
             wait = max(waits, default=0.0)
             for bucket, amount in drawn:
                 if bucket:
                     bucket.draw(amount, now + wait)
+            if wait > 0:
+                self._tally.waited()
         if wait > 0:
             await self._sleep(wait)
 
@@ -133,33 +136,46 @@ class TokenBucket:
     def learn(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
         """Fill the gaps that the YAML leaves; a changed limit replaces what was learnt."""
         with self._lock:
-            if self._learns[0]:
-                self._requests = self._renewed(self._requests, requests_per_minute)
-            if self._learns[1]:
-                self._tokens = self._renewed(self._tokens, tokens_per_minute)
+            if self._learns[0] and requests_per_minute:
+                self._requests = self._renewed(self._requests, _a_second(requests_per_minute))
+            if self._learns[1] and tokens_per_minute:
+                self._tokens = self._renewed(self._tokens, _a_second(tokens_per_minute))
 
     @property
-    def generation(self) -> int | None:
+    def generation(self) -> int:
         """See `Budget.generation`."""
-        return None
+        return self._tally.found.generation
 
     @property
     def paced(self) -> bool:
         """See `Budget.paced`."""
-        return self._requests is not None or self._tokens is not None
+        return any(bucket is not None for bucket in (self._requests, self._tokens, self._found))
 
     @property
     def places_are_not_why(self) -> bool:
         """See `Budget.places_are_not_why`."""
-        return False
+        return self._tally.found.places_are_not_why
 
-    def note(self, generation: int, *, answered: bool) -> None:
+    def note(self, generation: int, event: Event) -> None:
         """See `Budget.note`."""
+        with self._lock:
+            self._tally.note(generation, event)
+            now = self._clock()
+            if now >= self._tally.due_at:
+                given = self._requests.rate if self._requests is not None else None
+                outcomes = self._tally.collect(now, 1, given)
+                self._tally.take_over(noted(self._tally.found, outcomes, now), now)
+                self._found = self._renewed(self._found, self._tally.found.per_second)
 
-    def _renewed(self, bucket: _Bucket | None, per_minute: int | None) -> _Bucket | None:
-        if not per_minute or (bucket is not None and bucket.per_minute == per_minute):
-            return bucket
-        return _Bucket(per_minute, self._clock())
+    def _renewed(self, bucket: _Bucket | None, rate: float | None) -> _Bucket | None:
+        if rate is None:
+            return None
+        same = bucket is not None and bucket.rate == rate
+        return bucket if same else _Bucket(rate, self._clock())
+
+
+def _a_second(per_minute: int | None) -> float | None:
+    return SHARE * per_minute / 60 if per_minute else None
 
 
 _lock = threading.Lock()

@@ -11,28 +11,18 @@ has a control for each:
   the rate of answers rises with it, and is tried a quarter wider (or a fifth narrower) now and
   then. A throttle with more requests in flight than were ever answered side by side closes the
   place that was too many.
-- `rate`, requests a second, unknown until a throttle shows that it is limited. It becomes 95 %
-  of the rate at which answers came in just before, or half of what it was where that is not
-  known yet. After 200 calm answers it is tried 5 % higher, then more. As long as nothing at all
-  is answered it falls no further than to a sixteenth: a door that is shut says nothing of how
-  many may pass, and what it fell to must not outlast the storm.
-
-Throttles that come whatever the load is are not answered with less load (`Blame`).
-
-Settled, one request in about 200 is throttled, and 94 to 100 % of what the limit allows is
-used (simulated for 1 to 200 requests a second, bursts of a tenth of a second to ten seconds,
-1 to 16 permits; a server that allows no burst at all at 200 a second is used to 77 %).
+- the rate, requests a second: unknown until a throttle shows that it is limited, then found by
+  the `Budget`, which hears of every answer and every throttle that is not for places (see
+  `found_rate`).
 """
 
 import asyncio
 import math
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-from embedding_pipeline.embedders.blame import Blame
 from embedding_pipeline.embedders.budget import Budget, Clock, Sleep
 from embedding_pipeline.embedders.port import Endpoint
 
@@ -41,16 +31,9 @@ Permission = Callable[[], Awaitable[None]]
 FIRST_WINDOW = 32.0
 NARROWEST_START = 4.0
 """What the first answers may narrow the window to."""
-MARGIN = 0.95
-"""Of the measured limit."""
-HOLD = 200
-"""Answers without a throttle before more is tried; half as many before the next try."""
-SAMPLE = 50
-"""Answers that the measured rate is taken from; fewer than 10 do not count."""
-DEEPEST_FALL = 16
-"""Times that the rate may become lower without one answer in between."""
-LOWEST_RATE = 0.5
-"""Requests a second; slower than that the requests' own back-off waits."""
+HOLD, FIRST_HOLD = 200, 16
+"""Answers without a throttle before more is tried; half as many before the next try. The first
+time sooner: what a single event has shown is a guess."""
 CATCH_UP_SECONDS = 0.002
 """How much too early a request may be after one that was late; timers are late by as much."""
 
@@ -62,8 +45,8 @@ class Sent:
     at: float
     beside: int
     """Requests in flight, this one included."""
-    generation: int | None = None
-    """Of the rate that all processes have found; None: this one finds it."""
+    generation: int
+    """Of the rate that was found."""
 
 
 class Limiter:
@@ -74,33 +57,27 @@ class Limiter:
     ) -> None:
         self.ceiling = float(ceiling)
         self.window = min(FIRST_WINDOW, self.ceiling)
-        self.rate: float | None = None
         self.in_flight = 0
         self._sleep, self._clock = sleep, clock
         self._queued = 0
-        self._waited_for_place = self._waited_for_rate = False
+        self._waited_for_place = False
         self._line = asyncio.Lock()
         self._freed = asyncio.Event()
         self._latency: float | None = None
-        self._next_send = self._paused_until = self._reacted_at = -math.inf
-        self._answered_at: deque[float] = deque(maxlen=SAMPLE)
+        self._next_send = self._paused_until = -math.inf
         self._failures_in_a_row = 0
         # the window, once a throttle has shown that places are limited
         self._places_limited = False
         self._most_beside = 0
         self._places_calm = 0
         self._places_step = 1
-        # the rate, once a throttle has shown that it is limited
-        self._bad_rate = math.inf
-        self._rate_when_answered = math.inf
-        self._rate_calm = 0
-        self._rate_step = 1 / MARGIN
+        self._places_hold = FIRST_HOLD
+        self._crowded_at = -math.inf
         self._search = _Search()
-        self._blame = Blame()
         self._budget: Budget | None = None
 
     def follow(self, budget: Budget) -> None:
-        """Leave the rate to a budget, as long as it finds one for all processes."""
+        """Tell it what is answered and what is throttled: it finds a limit on the rate."""
         self._budget = budget
 
     def lower_ceiling(self, ceiling: int) -> None:
@@ -124,10 +101,11 @@ class Limiter:
                 gap = self._gap()
                 late = min(CATCH_UP_SECONDS, gap / 4)
                 self._next_send = max(now - late, self._next_send) + gap
-                shared = None if self._budget is None else self._budget.generation
-                if shared is not None:
-                    self.rate = None
-                return Sent(now, self.in_flight, shared)
+                generation = 0
+                if self._budget is not None:
+                    generation = self._budget.generation
+                    self._budget.note(generation, "sent")
+                return Sent(now, self.in_flight, generation)
         finally:
             self._queued -= 1
 
@@ -147,12 +125,9 @@ class Limiter:
             wait = max(self._next_send, self._paused_until) - now
             if wait <= 0:
                 return now
-            self._waited_for_rate = self._waited_for_rate or self._next_send > self._paused_until
             await self._sleep(wait)
 
     def _gap(self) -> float:
-        if self.rate is not None:
-            return 1 / self.rate
         if self._places_limited and self._latency is not None:
             # spread over the round trip, so that a limit on the rate is not mistaken for places
             return 0.8 * self._latency / self.window
@@ -163,24 +138,19 @@ class Limiter:
         now = self._clock()
         took = now - sent.at
         self._latency = took if self._latency is None else 0.9 * self._latency + 0.1 * took
-        self._most_beside = max(self._most_beside, sent.beside)
+        # more were sent than there are places now: nobody knows how many of them were let in
+        self._most_beside = max(self._most_beside, min(sent.beside, math.ceil(self.window)))
         self._failures_in_a_row = 0
-        if sent.generation is not None and self._budget is not None:
-            self._budget.note(sent.generation, answered=True)
-        else:
-            self._answered_at.append(now)
-            self._blame.note(answered=True, now=now)
+        if self._budget is not None:
+            self._budget.note(sent.generation, "answered")
         if self._places_limited:
             self._try_more_places()
-        elif self.rate is None:
+        else:
             # who waits for a rate does not wait for a place
             queued = self._queued > 0 and not (self._budget is not None and self._budget.paced)
             full = queued or self.in_flight >= self.window
             searched = self._search.next(self.window, self.ceiling, full, sent.at, now)
             self.window = min(self.ceiling, searched)
-        if self.rate is not None:
-            self._rate_when_answered = self.rate
-            self._try_higher_rate(self.rate)
         self._freed.set()
 
     def throttled(self, sent: Sent, retry_after: float | None) -> None:
@@ -189,62 +159,41 @@ class Limiter:
         self._failures_in_a_row = 0
         if retry_after:
             self._paused_until = max(self._paused_until, now + retry_after)
-        if sent.generation is not None and self._budget is not None:
-            self._throttled_together(sent, sent.generation, self._budget, now)
-            return
-        self._blame.note(answered=False, now=now)
-        if sent.at <= self._reacted_at:
-            return  # sent before the last throttle was known: the same event
-        if self._blame.unexplained:
-            if self.rate is not None and self._waited_for_rate and self._blame.tried:
-                self._waited_for_rate = False
-                self.rate *= 2
-                self._bad_rate = self.rate / MARGIN
-            return
-        if self._blame.too_early(now):
-            return
-        self._reacted_at = now
-        if (heavier := self._blame.heavier_and_as_good(now, self.window)) is not None:
-            self.rate, self.window = heavier.load, max(self.window, heavier.window)
-            self._bad_rate, self._rate_calm, self._rate_step = heavier.load / MARGIN, 0, 1 / MARGIN
-            self._places_limited = False
-            return
-        if sent.beside > 1 and self._most_beside < sent.beside:
-            self.window = float(sent.beside - 1)
-            self._places_limited = True
-            self._places_calm, self._places_step = 0, 1
-            return
-        if not self._places_limited:
-            self.window = self.ceiling
-        latency = self._latency or max(now - sent.at, 0.001)
-        before = self.rate or self.window / latency
-        lower = before / 2
-        if len(self._answered_at) >= 10 and now > self._answered_at[0]:
-            measured = (len(self._answered_at) - 1) / (now - self._answered_at[0])
-            lower = max(lower, MARGIN * min(measured, before))
-        if self.rate is None:
-            self._rate_when_answered = before
-        lowest = max(self._rate_when_answered / DEEPEST_FALL, LOWEST_RATE)
-        self.rate = min(before, max(lower, lowest))
-        if self._answered_at or self._bad_rate == math.inf:
-            self._bad_rate = before  # else it is still the one that the silence began at
-        self._rate_calm, self._rate_step = 0, 1 / MARGIN
-        self._most_beside = 0
-        self._answered_at.clear()
-
-    def _throttled_together(self, sent: Sent, generation: int, budget: Budget, now: float) -> None:
-        """The same where the rate is found by all processes: only places are judged here."""
-        if sent.at <= self._reacted_at:
-            return
-        if budget.places_are_not_why:
+        if self._places_limited and sent.at <= self._crowded_at:
+            self._close_another_place()
+            if self._places_limited:
+                return
+        elif self._budget is not None and self._budget.places_are_not_why:
             self.window, self._places_limited = self.ceiling, False
-        elif sent.beside > 1 and self._most_beside < sent.beside:
-            self._reacted_at = now
-            self.window = float(sent.beside - 1)
-            self._places_limited = True
-            self._places_calm, self._places_step = 0, 1
+        elif self._too_many(sent, now):
             return
-        budget.note(generation, answered=False)
+        if self._budget is not None:
+            self._budget.note(sent.generation, "throttled")
+
+    def _too_many(self, sent: Sent, now: float) -> bool:
+        """Whether more were in flight than were ever answered side by side; then one place fewer.
+
+        Requests arrive in another order than they were sent in: the one that is refused may have
+        been the second to leave and the last to arrive.
+        """
+        crowd = max(sent.beside, self.in_flight)
+        if crowd < 2 or crowd <= self._most_beside:
+            return False
+        self._places_hold = HOLD if self._places_limited else FIRST_HOLD
+        self.window = float(crowd - 1)
+        self._places_limited = True
+        self._crowded_at = now
+        self._places_calm, self._places_step = 0, 1
+        return True
+
+    def _close_another_place(self) -> None:
+        """One more of a crowd was refused. If that leaves none, it is not places that are
+        limited: one is always let in."""
+        if self.window > 1:
+            self.window -= 1
+            return
+        self.window, self._places_limited = self.ceiling, False
+        self._most_beside = math.ceil(self.ceiling)
 
     def failed(self, retry_after: float | None = None) -> None:
         """No answer, or 5xx. As many failures in a row as there are places halve the window.
@@ -265,26 +214,10 @@ class Limiter:
             return  # not what holds us back
         self._waited_for_place = False
         self._places_calm += 1
-        if self._places_calm >= HOLD:
-            self._places_calm = HOLD // 2
+        if self._places_calm >= self._places_hold:
+            self._places_calm = self._places_hold // 2
             self.window = min(self.ceiling, self.window + self._places_step)
             self._places_step *= 2
-
-    def _try_higher_rate(self, rate: float) -> None:
-        if not self._waited_for_rate:
-            return
-        self._waited_for_rate = False
-        self._rate_calm += 1
-        known_good = MARGIN * self._bad_rate
-        if rate < known_good:
-            # lowered by more than was needed: back, but not to where it was too much
-            if self._rate_calm % 10 == 0:
-                self.rate = min(1.15 * rate, known_good)
-        elif self._rate_calm >= HOLD:
-            self._rate_calm = HOLD // 2
-            self.rate = rate * self._rate_step
-            self._bad_rate = self.rate / MARGIN
-            self._rate_step = min(self._rate_step**2, 2.0)
 
 
 class _Search:

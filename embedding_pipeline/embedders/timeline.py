@@ -11,7 +11,7 @@ from collections import deque
 from embedding_pipeline.embedders.budget import SHARE
 from embedding_pipeline.store.endpoint_budget import Limits, Reserved
 
-LATE_SECONDS = 0.1
+LATE_SECONDS = 0.07
 """How long a turn may be used after its time. A tenth of a second's worth at once is what limited
 endpoints bear; what is later is lost."""
 REMEMBERED_TRIPS = 16
