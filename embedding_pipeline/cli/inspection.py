@@ -44,8 +44,7 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
     with connect() as connection:
         brakes = Brakes(connection)
         for file, bound in _bound(connection, tables, columns, problems):
-            before = len(rows)
-            state = read_state(connection, file.spec)
+            state = None
             for column in bound:
                 try:
                     verify(connection, column, environment)
@@ -57,6 +56,8 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
                     continue
                 counts = coverage(connection, column)
                 used = spent(connection, column)
+                # asked here, where it is known that the project's tables are there
+                state = state or read_state(connection, file.spec)
                 rows.append(
                     {
                         "table": file.spec.table,
@@ -84,7 +85,7 @@ def status(tables: Sequence[str], columns: Sequence[str], as_json: bool) -> None
                         else {}
                     )
                 )
-            if len(rows) > before and state is not None:
+            if state is not None:
                 queries.append(f"queries of {file.spec.table}: {state}")
         alerts = status_lines(connection, load_settings())
     print_rows(rows, as_json)
