@@ -1,7 +1,6 @@
 """What one process counts of its requests, for the rate that throttles show (`found_rate`)."""
 
 import math
-from dataclasses import replace
 from typing import Literal
 
 from embedding_pipeline.embedders.found_rate import FoundRate, Outcomes
@@ -21,45 +20,54 @@ class Tally:
 
     def __init__(self, found: FoundRate | None = None, now: float = -math.inf) -> None:
         self.found = found or FoundRate()
-        self._outcomes = Outcomes(self.found.generation)
+        self._counts: dict[Event, int] = {"sent": 0, "answered": 0, "throttled": 0}
+        self._waited = False
         self._counted_from = self._added_at = now
 
     def note(self, generation: int, event: Event) -> bool:
         """What happened to a request; True: the first throttle, which is to be added soon."""
-        so_far = self._outcomes
-        if generation != so_far.generation:
+        if generation != self.found.generation:
             return False
-        self._outcomes = replace(so_far, **{event: getattr(so_far, event) + 1})
-        return event == "throttled" and not so_far.throttled
+        self._counts[event] += 1
+        return event == "throttled" and self._counts[event] == 1
 
     def waited(self) -> None:
         """A request waited for the rate."""
-        if not self._outcomes.limited:
-            self._outcomes = replace(self._outcomes, limited=True)
+        self._waited = True
 
     @property
     def due_at(self) -> float:
         """When the outcomes are to be added; infinity: they would tell nothing."""
-        if self._outcomes.throttled or (self.found.judging and not self.found.measuring):
+        found = self.found
+        if self._counts["throttled"] or (found.judging and not found.measuring):
             return self._added_at + THROTTLED_SECONDS
-        if not self.found.active:
+        if not found.active:
             return math.inf
-        return self._added_at + (HURRIED_SECONDS if self.found.hurried else CALM_SECONDS)
+        return self._added_at + (HURRIED_SECONDS if found.hurried else CALM_SECONDS)
 
     def collect(self, now: float, holders: int, given: float | None) -> Outcomes:
         """The outcomes, as they are to be added; counting begins anew.
 
         `holders`: processes that count. `given`: requests a second, where the limit is known.
         """
-        outcomes = replace(
-            self._outcomes, seconds=now - self._counted_from, holders=holders, given=given
+        outcomes = Outcomes(
+            self.found.generation,
+            **self._counts,
+            seconds=now - self._counted_from,
+            holders=holders,
+            limited=self._waited,
+            given=given,
         )
-        self._outcomes, self._counted_from = Outcomes(outcomes.generation), now
+        self._begin(now)
         self._added_at = now
         return outcomes
 
     def take_over(self, found: FoundRate, now: float) -> None:
         """What is known now."""
         if found.generation != self.found.generation:
-            self._outcomes, self._counted_from = Outcomes(found.generation), now
+            self._begin(now)
         self.found = found
+
+    def _begin(self, now: float) -> None:
+        self._counts = dict.fromkeys(self._counts, 0)
+        self._waited, self._counted_from = False, now

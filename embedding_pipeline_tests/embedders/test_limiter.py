@@ -64,7 +64,7 @@ def test_throttles_that_come_at_any_load_do_not_slow_down(
                 Endpoint(turned_away=share, latency=0.05, seed=seed),
                 processes=processes,
                 limited=limited,
-                settle=20,
+                settle=60,
             ).rate
             for seed in range(3)
         )
