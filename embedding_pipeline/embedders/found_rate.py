@@ -31,7 +31,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from embedding_pipeline.embedders.blame import RECENT, Level, is_worse, whatever_the_load
+from embedding_pipeline.embedders.blame import RECENT, TELLING, Level, is_worse, whatever_the_load
 
 MARGIN = 0.98
 """Of the measured limit."""
@@ -250,8 +250,9 @@ def _lowered(found: FoundRate, before: float, now: float) -> FoundRate:
     lowest = max((found.answered_at or before) / DEEPEST_FALL, LOWEST_RATE)
     lower = min(before, max(lower, lowest))
     back_to = None
-    if not found.let_in:
-        back_to = found.back_to or found.good or before  # the one that the silence began at
+    # next to nothing was let in, or had been until just now
+    if any(each.share < TELLING for each in levels[-2:]):
+        back_to = found.back_to or found.good or before
     elif found.good is not None and lower < BACK_SHARE * found.good and not found.lowered:
         back_to = found.good
     begun |= {
