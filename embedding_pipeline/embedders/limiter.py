@@ -143,12 +143,14 @@ class Limiter:
         self._failures_in_a_row = 0
         if self._budget is not None:
             self._budget.note(sent.generation, "answered")
+        waited, self._waited_for_place = self._waited_for_place, False
         if self._places_limited:
-            self._try_more_places()
+            if waited:
+                self._try_more_places()
         else:
             # who waits for a rate does not wait for a place
             queued = self._queued > 0 and not (self._budget is not None and self._budget.paced)
-            full = queued or self.in_flight >= self.window
+            full = waited or queued or self.in_flight >= self.window
             searched = self._search.next(self.window, self.ceiling, full, sent.at, now)
             self.window = min(self.ceiling, searched)
         self._freed.set()
@@ -210,9 +212,6 @@ class Limiter:
             self._search = _Search()
 
     def _try_more_places(self) -> None:
-        if not self._waited_for_place:
-            return  # not what holds us back
-        self._waited_for_place = False
         self._places_calm += 1
         if self._places_calm >= self._places_hold:
             self._places_calm = self._places_hold // 2
@@ -237,14 +236,16 @@ class _Search:
         self._first_sent = math.inf
         self._before: tuple[float, float] | None = None
         self._round_began: float | None = None
-        self._answers = 0
+        self._answers = self._not_full = 0
         self._rest = 0
 
     def next(self, window: float, ceiling: float, full: bool, sent: float, now: float) -> float:
         """The window after one more answer, to a request that was sent then."""
         if self._first is not None:
             return self._measured(window, full, sent, now)
-        if not full:
+        # who waits gets the first place that is free; the others may be free for a moment
+        self._not_full = 0 if full else self._not_full + 1
+        if self._not_full > window:
             self._round_began = None
             return window
         if self._round_began is None:

@@ -247,13 +247,15 @@ def simulate(
                 sent = await limiter.enter(lambda: budget.acquire(1))
                 answered, retry_after = await endpoint.answer()
                 await machine.sleep(0.0)
+                # in the order that `ProviderEmbedder` has
                 if answered:
+                    limiter.leave()
                     limiter.succeeded(sent)
                 else:
                     failures += 1
                     if limited:
                         limiter.throttled(sent, retry_after)
-                limiter.leave()
+                    limiter.leave()
                 events.append((loop.time() - began, answered))
                 if answered:
                     return

@@ -5,6 +5,7 @@ import statistics
 
 import pytest
 
+from embedding_pipeline.embedders.budget import TokenBucket
 from embedding_pipeline.embedders.limiter import Limiter
 from embedding_pipeline_tests.embedders.simulated import Endpoint, simulate
 from embedding_pipeline_tests.embedders.support import run_in_virtual_time
@@ -108,6 +109,32 @@ def test_concurrency_is_raised_to_the_ceiling_while_it_pays() -> None:
     outcome = simulate(Endpoint(latency=0.25), ceiling=32)
     assert outcome.windows == [32]
     assert outcome.rate >= 0.9 * 32 / 0.25
+
+
+def test_a_window_too_narrow_for_a_known_rate_is_widened() -> None:
+    """What was answered while most was throttled left four places, and who waits for a turn was
+    not taken for waiting for a place: a run went on at two thirds of what was allowed."""
+
+    async def main() -> float:
+        clock = asyncio.get_running_loop().time
+        limiter, budget = Limiter(32, clock=clock), TokenBucket(6000, clock=clock)
+        limiter.follow(budget)
+        limiter.window = 4.0
+        answered: list[float] = []
+
+        async def worker() -> None:
+            while clock() < began + 20:
+                sent = await limiter.enter(lambda: budget.acquire(1))
+                await asyncio.sleep(0.055)
+                limiter.leave()
+                limiter.succeeded(sent)
+                answered.append(clock())
+
+        began = clock()
+        await asyncio.gather(*(worker() for _ in range(64)))
+        return sum(began + 10 <= at < began + 20 for at in answered) / 10
+
+    assert run_in_virtual_time(main()) >= 0.95 * 100
 
 
 def test_concurrency_stays_low_where_more_does_not_pay() -> None:
