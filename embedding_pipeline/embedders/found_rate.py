@@ -23,8 +23,9 @@ Throttles that come whatever the load is are not answered with less load (`blame
 
 Simulated (`test_found_rate`, 20 and 100 requests a second, one process and three, also on a machine
 that stands still for up to 150 ms twice a second): after 8 s 95 to 100 % of the limit is used and
-0.3 to 1 % of the requests are throttled. An endpoint that lets nothing through at once is used to
-half: what comes a millisecond too early is refused there.
+0.3 to 1 % of the requests are throttled. An endpoint that lets nothing through at once refuses what
+comes a millisecond too early: one process uses 63 to 86 % of it after a minute, three less, and in
+two of eight runs they took its refusals for throttles that come whatever the load is.
 """
 
 from collections.abc import Mapping
