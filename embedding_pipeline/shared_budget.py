@@ -201,11 +201,8 @@ class SharedBudget:
     def _own_budget(self) -> TokenBucket:
         """For a database that is away: this process's share of the limits."""
         if self._own is None:
-            limits, holders, found = (
-                self._share.limits,
-                self._share.holders,
-                self._share.tally.found,
-            )
+            limits, holders = self._share.limits, self._share.holders
+            found = self._share.tally.found
             rate = found.per_second
             self._own = TokenBucket(
                 *(

@@ -17,6 +17,7 @@ from psycopg import sql
 from embedding_pipeline import settings
 from embedding_pipeline.local.postgres import ensure_postgres, stop_postgres
 from embedding_pipeline.store.connection import connect
+from embedding_pipeline_tests.faults.server import FaultServer
 
 # a loaded machine must not fail a test
 hypothesis.settings.register_profile("without deadlines", deadline=None)
@@ -43,6 +44,13 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Env
     change()
     yield change
     settings.load_settings.cache_clear()
+
+
+@pytest.fixture
+def server() -> Iterator[FaultServer]:
+    """A provider of 4-dimensional vectors by `test-model`; folders with other needs have theirs."""
+    with FaultServer(dimensions=4) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -32,12 +32,6 @@ Connection = psycopg.Connection[Any]
 
 
 @pytest.fixture
-def server() -> Iterator[FaultServer]:
-    with FaultServer(dimensions=4) as server:
-        yield server
-
-
-@pytest.fixture
 def table(
     connection: Connection,
     database: str,

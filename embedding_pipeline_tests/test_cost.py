@@ -50,12 +50,6 @@ providers:
 
 
 @pytest.fixture
-def server() -> Iterator[FaultServer]:
-    with FaultServer(dimensions=4) as server:
-        yield server
-
-
-@pytest.fixture
 def table(
     connection: Connection,
     database: str,

@@ -29,12 +29,6 @@ MOST_TOKENS = 40
 
 
 @pytest.fixture
-def server() -> Iterator[FaultServer]:
-    with FaultServer(dimensions=4) as server:
-        yield server
-
-
-@pytest.fixture
 def project(
     connection: Connection,
     database: str,

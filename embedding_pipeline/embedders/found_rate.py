@@ -32,7 +32,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from embedding_pipeline.embedders.blame import RECENT, TELLING, Level, is_worse, whatever_the_load
+from embedding_pipeline.embedders.blame import (
+    A_FEW,
+    RECENT,
+    TELLING,
+    Level,
+    is_worse,
+    whatever_the_load,
+)
 
 MARGIN = 0.98
 """Of the measured limit."""
@@ -245,7 +252,7 @@ def _lowered(found: FoundRate, before: float, now: float) -> FoundRate:
     if (usual := whatever_the_load(levels)) is not None:
         begun |= {"per_second": usual.load, "usual": usual.share, "lowered": 0, "levels": ()}
         return _begin(found, now, **begun)
-    if level.share < 0.9:
+    if level.share < 1 - A_FEW:
         begun["step"] = ROUGH_STEP
     lower = MARGIN * before * level.share if found.let_in else before / 2
     lowest = max((found.answered_at or before) / DEEPEST_FALL, LOWEST_RATE)

@@ -12,8 +12,8 @@ from embedding_pipeline.embedders.budget import SHARE
 from embedding_pipeline.store.endpoint_budget import Limits, Reserved
 
 LATE_SECONDS = 0.07
-"""How long a turn may be used after its time. A tenth of a second's worth at once is what limited
-endpoints bear; what is later is lost."""
+"""How long a turn may be used after its time. Limited endpoints bear a tenth of a second's worth at
+once, not much more; what is later is lost."""
 REMEMBERED_TRIPS = 16
 
 
